@@ -1,0 +1,41 @@
+# make demo | test | lint | test-gpu | bench      (each makes .venv first; PYTHON=... picks the interpreter)
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test lint format test-gpu bench clean
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# The environment is made anew when what it is made from changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "flash-gsa needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed   ## train a small GSA language model on Python's standard library, then use it
+	$(BIN)/flash-gsa demo
+
+test: $(VENV)/.installed   ## every test that needs no GPU
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/.installed   ## ruff (lint, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed   ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/.installed   ## everything that needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.installed   ## the operator's backends on this machine's CPU
+	$(BIN)/python -m benchmarks.op_cpu
+
+clean:           ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""flash-gsa: Gated Slot Attention — operator, models, training, constant-memory inference."""
+
+__version__ = "0.1.0"
