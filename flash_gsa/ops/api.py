@@ -1,0 +1,105 @@
+"""The operator's public functions: docstring, checks, choice of a backend."""
+
+from torch import Tensor
+
+from . import backends as _backends  # noqa: F401  (importing it registers them)
+from .reference import empty_state, reference_step
+from .registry import Problem, State, select
+from .validation import check_sequence, check_step
+
+
+def gated_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    s: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """Gated slot attention over whole sequences.
+
+    Each key/value head keeps M slots, each with a key and a value. With α_t = e^{g_t} and write strength
+    s_t (1 - α_t unless given), for every head
+
+        K̃_t = α_t ∘ K̃_{t-1} + s_t ⊗ k_t          K̃ ∈ R^{M×K}
+        Ṽ_t = α_t ∘ Ṽ_{t-1} + s_t ⊗ v_t          Ṽ ∈ R^{M×V}
+        o_t = Ṽ_tᵀ softmax(scale · K̃_t q_t)
+
+    Query heads share the states of their group: query head i reads key/value head i // (HQ / H).
+
+    Args:
+        q: queries [B, T, HQ, K].
+        k: keys [B, T, H, K]; H divides HQ.
+        v: values [B, T, H, V].
+        g: log forget gates [B, T, H, M], ≤ 0. Keep them in float32: bfloat16 is too coarse for gates near 0.
+        s: write strengths [B, T, H, M]; None derives 1 - e^g in float32.
+        scale: factor on the slot scores; 1 in GSA.
+        initial_state: (hk [N, H, K, M], hv [N, H, M, V]), the states before the first token, float32
+            (float64 for float64 inputs). N is B, or the number of packed sequences. None: zeros.
+            (hk is K̃ transposed.)
+        output_final_state: also return the states after the last token.
+        cu_seqlens: [S+1] int32 or int64, boundaries of S sequences packed along T, with B = 1: first 0, last T,
+            non-decreasing; equal neighbours are an empty sequence. May stay on the CPU; then no backend waits
+            for the device to read it.
+        backend: "auto", or one of `flash_gsa.ops.backend_names()`.
+
+    Returns:
+        o [B, T, HQ, V] in q's dtype, and the final state (as initial_state) or None.
+        Differentiable in q, k, v, g, s and the initial state, from o and the final state.
+
+    Raises:
+        UsageError (a ValueError): shapes, dtypes or devices that do not fit, gates above 0, a `cu_seqlens`
+            that is not increasing or does not end at T, an unknown or unable backend. Values on a GPU are
+            checked only under FLASH_GSA_CHECK_VALUES=1, because looking at them stalls the stream.
+
+    Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", NeurIPS 2024.
+    """
+    check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens)
+    B, T, HQ, K = q.shape
+    problem = Problem(
+        B, T, HQ, k.shape[2], K, v.shape[3], g.shape[3], q.dtype, q.device.type, packed=cu_seqlens is not None
+    )
+    chosen = select(backend, problem)
+    if B == 0 or T == 0:
+        sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        state = initial_state or empty_state(q, k, v, g, sequences)
+        return q.new_empty(B, T, HQ, v.shape[3]), tuple(state) if output_final_state else None
+    return chosen.forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def gated_slot_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    s: Tensor | None = None,
+    *,
+    state: State,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, State]:
+    """One token of `gated_slot_attention`: constant time, constant memory.
+
+    Args:
+        q: [B, HQ, K]; k: [B, H, K]; v: [B, H, V]; g: [B, H, M], ≤ 0; s: [B, H, M] or None for 1 - e^g.
+        state: (hk [B, H, K, M], hv [B, H, M, V]) float32 (float64 for float64 inputs); never changed.
+            For a new sequence give zeros.
+        scale: factor on the slot scores; 1 in GSA.
+        backend: as in `gated_slot_attention`.
+
+    Returns:
+        o [B, HQ, V] in q's dtype, and the new state.
+
+    Raises:
+        UsageError: as in `gated_slot_attention`.
+    """
+    check_step(q, k, v, g, s, state, scale)
+    B, HQ, K = q.shape
+    problem = Problem(B, 1, HQ, k.shape[1], K, v.shape[2], g.shape[2], q.dtype, q.device.type)
+    step = select(backend, problem).step or reference_step
+    return step(q, k, v, g, s, tuple(state), scale)

@@ -1,0 +1,7 @@
+"""Which backends there are. A new one is a module with a `BACKEND` record and its line here."""
+
+from . import chunk, reference
+from .registry import register_backend
+
+for module in (reference, chunk):
+    register_backend(module.BACKEND)

@@ -1,0 +1,81 @@
+"""The recurrence, one token at a time: short, slow, exact. It judges every other backend.
+
+Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (NeurIPS 2024), §3.
+"""
+
+import torch
+from torch import Tensor
+
+from .registry import Backend, State
+from .validation import state_dtype
+
+
+def write_strength(g: Tensor) -> Tensor:
+    """1 − e^g, the write strength GSA derives from its forget gate.
+
+    As −expm1(g): near g = 0, where a damped gate lives, 1 − exp(g) would lose most of its digits.
+    """
+    return -torch.expm1(g)
+
+
+def empty_state(q: Tensor, k: Tensor, v: Tensor, g: Tensor, sequences: int) -> State:
+    """Zero states (hk [N, H, K, M], hv [N, H, M, V]) for N = `sequences`."""
+    H, K, V, M = k.shape[-2], k.shape[-1], v.shape[-1], g.shape[-1]
+    like = {"device": q.device, "dtype": state_dtype(q)}
+    return torch.zeros(sequences, H, K, M, **like), torch.zeros(sequences, H, M, V, **like)
+
+
+def reference_step(q, k, v, g, s, state: State, scale: float) -> tuple[Tensor, State]:
+    """One token of the recurrence; see `flash_gsa.gated_slot_attention_step`."""
+    hk, hv = state
+    dtype = hk.dtype
+    B, HQ, K = q.shape
+    H = k.shape[1]
+    g = g.to(dtype)
+    s = write_strength(g) if s is None else s.to(dtype)
+    decay = g.exp()
+    hk = hk * decay[..., None, :] + k.to(dtype)[..., :, None] * s[..., None, :]
+    hv = hv * decay[..., :, None] + s[..., :, None] * v.to(dtype)[..., None, :]
+    grouped = q.to(dtype).reshape(B, H, HQ // H, K) * scale
+    p = torch.softmax(grouped @ hk, dim=-1)
+    return (p @ hv).reshape(B, HQ, -1).to(q.dtype), (hk, hv)
+
+
+def reference_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens):
+    """The recurrence over whole sequences; packed sequences one after the other."""
+    if cu_seqlens is None:
+        state = initial_state or empty_state(q, k, v, g, q.shape[0])
+        o, state = _run(q, k, v, g, s, scale, state)
+        return o, state if output_final_state else None
+
+    bounds = cu_seqlens.tolist()
+    hk, hv = initial_state or empty_state(q, k, v, g, len(bounds) - 1)
+    outputs, finals = [], []
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = [None if x is None else x[:, start:end] for x in (q, k, v, g, s)]
+        o, final = _run(*part, scale, (hk[n : n + 1], hv[n : n + 1]))
+        outputs.append(o)
+        finals.append(final)
+    state = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+    return torch.cat(outputs, dim=1), state if output_final_state else None
+
+
+def _run(q, k, v, g, s, scale, state):
+    outputs = []
+    for t in range(q.shape[1]):
+        o, state = reference_step(
+            q[:, t], k[:, t], v[:, t], g[:, t], None if s is None else s[:, t], state, scale
+        )
+        outputs.append(o)
+    if not outputs:
+        return q.new_empty(*q.shape[:3], v.shape[-1]), state
+    return torch.stack(outputs, dim=1), state
+
+
+BACKEND = Backend(
+    name="reference",
+    forward=reference_forward,
+    unsupported=lambda problem: None,
+    priority=0,
+    step=reference_step,
+)

@@ -1,0 +1,170 @@
+"""Every bad input of the operator refused with what was wrong, what was expected, what to do.
+
+Shapes and dtypes are always checked; they cost nothing. Values (gates above 0, `cu_seqlens` out of
+order) are checked whenever the tensor is on the CPU. On a GPU a look at values makes the host wait for
+the device, so there they are checked only under the debug switch `FLASH_GSA_CHECK_VALUES=1`.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_values_of(x: Tensor) -> bool:
+    """Whether values of `x` may be looked at: on the CPU always, elsewhere under the debug switch."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return x.device.type == "cpu" or os.environ.get("FLASH_GSA_CHECK_VALUES", "0") not in ("", "0")
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """States are float32; float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens) -> None:
+    """Check the arguments of `gated_slot_attention`.
+
+    Raises:
+        UsageError: naming the argument and what it should have been.
+    """
+    _check_tensors(q, k, v, g, s, names=("B", "T"))
+    _check_scale(scale)
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q.shape)
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, sequences, q, k, v, g)
+
+
+def check_step(q, k, v, g, s, state, scale) -> None:
+    """Check the arguments of `gated_slot_attention_step`; raises UsageError."""
+    _check_tensors(q, k, v, g, s, names=("B",))
+    _check_scale(scale)
+    _check_state("state", state, q.shape[0], q, k, v, g)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
+    """`cu_seqlens` [S+1]: integers, first 0, non-decreasing, last = T, with B = 1; raises UsageError."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise UsageError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise UsageError(
+            "cu_seqlens must have shape [S+1] for S ≥ 1 packed sequences, "
+            f"got {list(cu_seqlens.shape)}; for one sequence of length T give [0, T]"
+        )
+    batch, length = q_shape[:2]
+    if batch != 1:
+        raise UsageError(
+            f"with cu_seqlens the batch dimension must be 1 (sequences are packed along time), got B = {batch}; "
+            "reshape [B, T, …] to [1, B·T, …]"
+        )
+    if not check_values_of(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise UsageError(f"cu_seqlens must start with 0, got {values[0]}")
+    if values[-1] != length:
+        raise UsageError(f"cu_seqlens must end with T = {length}, got {values[-1]}")
+    for i, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < start:
+            raise UsageError(
+                f"cu_seqlens must not decrease: cu_seqlens[{i}] = {start} but cu_seqlens[{i + 1}] = {end}"
+            )
+
+
+def check_gates(name: str, g: Tensor) -> None:
+    """g ≤ 0 everywhere (and not NaN), where values may be looked at; raises UsageError."""
+    if not check_values_of(g) or g.numel() == 0:
+        return
+    largest = float(g.detach().amax())
+    if largest != largest:
+        raise UsageError(f"{name} contains NaN; look at what computed it (a NaN in the layer's input or weights)")
+    if largest > 0:
+        raise UsageError(
+            f"{name} is a log forget gate and must be ≤ 0 everywhere, but its largest value is {largest:g}; "
+            "use torch.nn.functional.logsigmoid(logits), or log(α) for α in (0, 1]"
+        )
+
+
+def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
+    tensors = {"q": q, "k": k, "v": v, "g": g} | ({} if s is None else {"s": s})
+    lead = len(names)
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise UsageError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != lead + 2:
+            last = {"q": "HQ, K", "k": "H, K", "v": "H, V"}.get(name, "H, M")
+            raise UsageError(
+                f"{name} must have {lead + 2} dimensions [{', '.join(names)}, {last}], got {list(x.shape)}"
+            )
+        if x.dtype not in FLOATS:
+            raise UsageError(
+                f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}"
+            )
+        if x.device != q.device:
+            raise UsageError(f"all tensors must be on one device: q is on {q.device}, {name} on {x.device}")
+    for name in ("k", "v"):
+        if tensors[name].dtype != q.dtype:
+            raise UsageError(
+                f"q, k and v must have one dtype: q is {q.dtype}, {name} is {tensors[name].dtype}; "
+                f"convert with {name}.to(q.dtype)"
+            )
+    for name, x in tensors.items():
+        if x.shape[:lead] != q.shape[:lead]:
+            raise UsageError(
+                f"{name} must agree with q in [{', '.join(names)}] = {list(q.shape[:lead])}, got {list(x.shape[:lead])}"
+            )
+    heads = k.shape[lead]
+    for name in ("v", "g", "s"):
+        if name in tensors and tensors[name].shape[lead] != heads:
+            raise UsageError(f"{name} must have k's {heads} heads, got {tensors[name].shape[lead]}")
+    if heads == 0 or q.shape[lead] % heads or q.shape[lead] == 0:
+        raise UsageError(
+            f"the number of key/value heads H must divide the number of query heads HQ, got H = {heads}, "
+            f"HQ = {q.shape[lead]}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise UsageError(f"q and k must have one head dimension K: q has {q.shape[-1]}, k has {k.shape[-1]}")
+    if s is not None and s.shape[-1] != g.shape[-1]:
+        raise UsageError(f"s must have g's number of slots M = {g.shape[-1]}, got {s.shape[-1]}")
+    if 0 in (k.shape[-1], v.shape[-1], g.shape[-1]):
+        raise UsageError(
+            f"K, V and M must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}, M = {g.shape[-1]}"
+        )
+    check_gates("g", g)
+
+
+def _check_scale(scale) -> None:
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
+        raise UsageError(f"scale must be a finite Python number, got {scale!r}")
+
+
+def _check_state(name: str, state, sequences: int, q, k, v, g) -> None:
+    heads, K, V, M = k.shape[-2], k.shape[-1], v.shape[-1], g.shape[-1]
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise UsageError(f"{name} must be a pair (hk, hv), got {type(state).__name__}")
+    for part, x, shape, letters in (
+        ("hk", state[0], (sequences, heads, K, M), "[N, H, K, M]"),
+        ("hv", state[1], (sequences, heads, M, V), "[N, H, M, V]"),
+    ):
+        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UsageError(
+                f"{name}'s {part} must have shape {letters} = {list(shape)}, got {got} "
+                "(N is the batch size, or with cu_seqlens the number of packed sequences)"
+            )
+        if x.dtype != state_dtype(q):
+            raise UsageError(
+                f"{name}'s {part} must be {state_dtype(q)} for {q.dtype} inputs, got {x.dtype}; "
+                f"convert with .to({state_dtype(q)})"
+            )
+        if x.device != q.device:
+            raise UsageError(f"{name}'s {part} is on {x.device}, but q is on {q.device}")
