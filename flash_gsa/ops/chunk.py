@@ -56,7 +56,9 @@ def chunk_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_se
 
     hk, hv = initial_state or empty_state(q, k.transpose(1, 2), v.transpose(1, 2), g, layout.sequences)
     hk, hv = layout.sort(hk.to(dtype).transpose(2, 3)), layout.sort(hv.to(dtype))
-    k0, hk = _Scan.apply(decay, write @ k, hk, layout.waves)  # K̃ before each chunk [n, H, M, K]; after the last
+    k0, hk = _Scan.apply(
+        decay, write @ k, hk, layout.waves
+    )  # K̃ before each chunk [n, H, M, K]; after the last
     v0, hv = _Scan.apply(decay, write @ v, hv, layout.waves)
 
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
@@ -157,7 +159,9 @@ class _Scan(torch.autograd.Function):
         for wave in waves:
             end = start + wave
             before[start:end] = state[:wave]
-            torch.addcmul(update[start:end], decay[start:end, :, :, None], before[start:end], out=state[:wave])
+            torch.addcmul(
+                update[start:end], decay[start:end, :, :, None], before[start:end], out=state[:wave]
+            )
             start = end
         ctx.save_for_backward(decay, before)
         ctx.waves = waves

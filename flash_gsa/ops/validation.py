@@ -86,7 +86,9 @@ def check_gates(name: str, g: Tensor) -> None:
         return
     largest = float(g.detach().amax())
     if largest != largest:
-        raise UsageError(f"{name} contains NaN; look at what computed it (a NaN in the layer's input or weights)")
+        raise UsageError(
+            f"{name} contains NaN; look at what computed it (a NaN in the layer's input or weights)"
+        )
     if largest > 0:
         raise UsageError(
             f"{name} is a log forget gate and must be ≤ 0 everywhere, but its largest value is {largest:g}; "
@@ -143,7 +145,12 @@ def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
 
 
 def _check_scale(scale) -> None:
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
+    if (
+        isinstance(scale, Tensor)
+        or not isinstance(scale, (int, float))
+        or scale != scale
+        or abs(scale) == float("inf")
+    ):
         raise UsageError(f"scale must be a finite Python number, got {scale!r}")
 
 

@@ -1,0 +1,173 @@
+"""Softmax attention with rotary positions: the layer hybrids mix in, and the baseline."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .convolution import positions
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention, grouped queries, rotary position embedding, optionally over a window.
+
+        o_t = Σ_{t-W < j ≤ t} softmax_j(⟨R_t q_t, R_j k_j⟩ / √D) v_j
+
+    with R_t the rotation by angles t·θ^{-2i/D} of the pairs (i, i + D/2).
+
+    Args:
+        hidden_size: d; head dimension D = d / num_heads, which must be even.
+        num_heads, num_kv_heads: query heads and key/value heads (None: as many).
+        window_size: W, tokens seen, the current one included; None: all. With a window the cache holds at most
+            W - 1 tokens.
+        rope_theta: θ.
+        qkv_bias: bias on the q, k, v projections.
+        layer_idx: place of this layer's entry in a cache.
+
+    Raises:
+        UsageError: sizes that do not divide.
+
+    Source: Vaswani et al., 2017; rotary positions: Su et al., 2021.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        window_size: int | None = None,
+        rope_theta: float = 10000.0,
+        qkv_bias: bool = False,
+        layer_idx: int = 0,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise UsageError(
+                f"attention: num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}"
+            )
+        if hidden_size % (2 * num_heads):
+            raise UsageError(
+                f"attention: hidden_size = {hidden_size} must be a multiple of 2·num_heads = {2 * num_heads} "
+                "(rotary positions turn pairs of a head's dimensions)"
+            )
+        if window_size is not None and window_size < 1:
+            raise UsageError(
+                f"attention: window_size must be at least 1, got {window_size}; leave it out for none"
+            )
+        if not rope_theta > 0:
+            raise UsageError(f"attention: rope_theta must be above 0, got {rope_theta}")
+        self.num_heads, self.num_kv_heads, self.layer_idx = num_heads, num_kv_heads, layer_idx
+        self.head_dim = hidden_size // num_heads
+        self.window_size, self.rope_theta = window_size, rope_theta
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, window={self.window_size}"
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: MutableMapping[int, dict[str, Any]] | None = None,
+    ) -> Tensor:
+        """Mix over time: x [B, T, d] → [B, T, d]; arguments as for `GatedSlotAttention.forward`."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+        past = None if cache is None else cache.get(self.layer_idx)
+        if cu_seqlens is not None:
+            if past is not None or cache is not None:
+                raise UsageError(
+                    "softmax attention cannot carry a cache over packed sequences; "
+                    "run them one at a time or as a padded batch"
+                )
+            position = positions(cu_seqlens, T, x.device)
+        else:
+            seen = 0 if past is None else past["seen"]
+            position = torch.arange(seen, seen + T, device=x.device)
+        cos, sin = self._rotation(position)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+        if cu_seqlens is not None:
+            o = self._packed(q, k, v, cu_seqlens)
+        else:
+            real = attention_mask.bool() if attention_mask is not None else None
+            if past is not None:
+                k, v = torch.cat([past["k"], k], dim=1), torch.cat([past["v"], v], dim=1)
+                if real is not None or past["real"] is not None:
+                    old = past["k"].shape[1]
+                    real = torch.cat(
+                        [
+                            x.new_ones(B, old, dtype=torch.bool) if past["real"] is None else past["real"],
+                            x.new_ones(B, T, dtype=torch.bool) if real is None else real,
+                        ],
+                        dim=1,
+                    )
+            o = self._attend(q, k, v, real)
+            if cache is not None:
+                keep = (
+                    slice(None)
+                    if self.window_size is None
+                    else slice(max(0, k.shape[1] - self.window_size + 1), None)
+                )
+                cache[self.layer_idx] = {
+                    "k": k[:, keep],
+                    "v": v[:, keep],
+                    "real": None if real is None else real[:, keep],
+                    "seen": seen + T,
+                }
+        return self.o_proj(o.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+        """q [B, T, HQ, D] against k, v [B, L, H, D], the last T of L being q's own; real [B, L] or None."""
+        T, L = q.shape[1], k.shape[1]
+        mask = None
+        # All L keys may be seen by every query only if T = 1; then no mask is needed.
+        windowed = self.window_size is not None and self.window_size < L
+        if real is not None or windowed or (T not in (1, L)):
+            row = torch.arange(L - T, L, device=q.device)[:, None]
+            column = torch.arange(L, device=q.device)[None]
+            mask = column <= row
+            if self.window_size is not None:
+                mask = mask & (column > row - self.window_size)
+            if real is not None:
+                mask = mask[None, None] & real[:, None, None]
+                # A padded query sees itself, so that its row of the softmax is not empty.
+                mask = mask | (column == row)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return o.transpose(1, 2)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed sequences as a batch padded on the right, which causal rows never look at."""
+        lengths = cu_seqlens.to("cpu").diff().tolist()
+        q, k, v = (nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True) for x in (q, k, v))
+        o = self._attend(q, k, v, None)
+        return torch.cat([o[i, :n] for i, n in enumerate(lengths)])[None]
+
+    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        pair = torch.arange(0, self.head_dim, 2, device=position.device, dtype=torch.float32)
+        angle = position.float()[:, None] * self.rope_theta ** (-pair / self.head_dim)
+        return angle.cos()[:, None], angle.sin()[:, None]  # [T, 1, D/2]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

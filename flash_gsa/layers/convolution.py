@@ -1,0 +1,62 @@
+"""Short causal depthwise convolution over time, the local mixing before q, k and v."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """y_t = SiLU(Σ_{i<W} w_i ∘ x_{t-W+1+i}), each channel on its own, inputs before the sequence being 0.
+
+    Args:
+        channels: D.
+        width: W ≥ 2 taps.
+    """
+
+    def __init__(self, channels: int, width: int = 4):
+        super().__init__()
+        self.channels, self.width = channels, width
+        # [D, 1, W] as in nn.Conv1d and in published checkpoints.
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, width={self.width}"
+
+    def forward(
+        self, x: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve x [B, T, D].
+
+        Args:
+            tail: the last W-1 inputs of the piece before, [B, W-1, D]; None at the start of a sequence.
+            cu_seqlens: [S+1] boundaries of packed sequences; no tap reaches across one. Excludes `tail`.
+
+        Returns:
+            y [B, T, D] and the tail for the next piece [B, W-1, D].
+        """
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], self.width - 1, self.channels)
+        padded = torch.cat([tail.to(x.dtype), x], dim=1)
+        if cu_seqlens is None:
+            y = F.conv1d(padded.transpose(1, 2), self.weight, groups=self.channels).transpose(1, 2)
+        else:
+            y = self._packed(padded, cu_seqlens)
+        return F.silu(y), padded[:, x.shape[1] :]
+
+    def _packed(self, padded: Tensor, cu_seqlens: Tensor) -> Tensor:
+        T = padded.shape[1] - self.width + 1
+        position = positions(cu_seqlens, T, padded.device)[None, :, None]
+        y = 0
+        for back in range(self.width):
+            shifted = padded[:, self.width - 1 - back : self.width - 1 - back + T]
+            tap = self.weight[:, 0, self.width - 1 - back]
+            y = y + torch.where(position >= back, shifted, 0.0) * tap
+        return y
+
+
+def positions(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
+    """Each packed token's position in its own sequence: [length] int64."""
+    bounds = cu_seqlens.to(device, torch.int64)
+    token = torch.arange(length, device=device)
+    return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]
