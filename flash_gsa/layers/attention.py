@@ -46,18 +46,14 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise UsageError(
-                f"attention: num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}"
-            )
+            raise UsageError(f"attention: num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
         if hidden_size % (2 * num_heads):
             raise UsageError(
                 f"attention: hidden_size = {hidden_size} must be a multiple of 2·num_heads = {2 * num_heads} "
                 "(rotary positions turn pairs of a head's dimensions)"
             )
         if window_size is not None and window_size < 1:
-            raise UsageError(
-                f"attention: window_size must be at least 1, got {window_size}; leave it out for none"
-            )
+            raise UsageError(f"attention: window_size must be at least 1, got {window_size}; leave it out for none")
         if not rope_theta > 0:
             raise UsageError(f"attention: rope_theta must be above 0, got {rope_theta}")
         self.num_heads, self.num_kv_heads, self.layer_idx = num_heads, num_kv_heads, layer_idx
@@ -117,9 +113,7 @@ class SoftmaxAttention(nn.Module):
             o = self._attend(q, k, v, real)
             if cache is not None:
                 keep = (
-                    slice(None)
-                    if self.window_size is None
-                    else slice(max(0, k.shape[1] - self.window_size + 1), None)
+                    slice(None) if self.window_size is None else slice(max(0, k.shape[1] - self.window_size + 1), None)
                 )
                 cache[self.layer_idx] = {
                     "k": k[:, keep],

@@ -47,7 +47,7 @@ class ShortConvolution(nn.Module):
     def _packed(self, padded: Tensor, cu_seqlens: Tensor) -> Tensor:
         T = padded.shape[1] - self.width + 1
         position = positions(cu_seqlens, T, padded.device)[None, :, None]
-        y = 0
+        y = torch.zeros_like(padded[:, :T])
         for back in range(self.width):
             shifted = padded[:, self.width - 1 - back : self.width - 1 - back + T]
             tap = self.weight[:, 0, self.width - 1 - back]

@@ -91,9 +91,7 @@ class GatedSlotAttention(nn.Module):
             raise UsageError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
         for name, dim in (("expand_k", key_dim), ("expand_v", value_dim)):
             if dim < 1 or dim % num_heads:
-                raise UsageError(
-                    f"hidden_size · {name} = {dim} must be a positive multiple of num_heads = {num_heads}"
-                )
+                raise UsageError(f"hidden_size · {name} = {dim} must be a positive multiple of num_heads = {num_heads}")
         if num_slots < 1:
             raise UsageError(f"num_slots must be at least 1, got {num_slots}")
         if not gate_logit_normalizer > 0:
@@ -104,9 +102,7 @@ class GatedSlotAttention(nn.Module):
                 "would do nothing; leave gate_source out"
             )
         if use_short_conv and conv_size < 2:
-            raise UsageError(
-                f"conv_size must be at least 2, got {conv_size}; use_short_conv=False turns it off"
-            )
+            raise UsageError(f"conv_size must be at least 2, got {conv_size}; use_short_conv=False turns it off")
 
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.num_slots, self.layer_idx = num_slots, layer_idx
@@ -131,9 +127,7 @@ class GatedSlotAttention(nn.Module):
             self.k_conv1d = ShortConvolution(kv_key_dim, conv_size)
             self.v_conv1d = ShortConvolution(kv_value_dim, conv_size)
         self.use_short_conv = use_short_conv
-        self.g_norm = (
-            nn.RMSNorm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine) if use_norm else None
-        )
+        self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine) if use_norm else None
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def reset_gates(self) -> None:
@@ -163,13 +157,12 @@ class GatedSlotAttention(nn.Module):
         """
         past = None if cache is None else cache.get(self.layer_idx)
         carry: dict[str, Any] = {}
-        q, k, v, g, s = self.project(
-            x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, past=past, carry=carry
-        )
+        q, k, v, g, s = self.project(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, past=past, carry=carry)
         state = None if past is None else past["state"]
         if x.shape[1] == 1 and state is not None:
-            one = (y if y is None else y[:, 0] for y in (q, k, v, g, s))
-            o, state = gated_slot_attention_step(*one, state=state)
+            o, state = gated_slot_attention_step(
+                q[:, 0], k[:, 0], v[:, 0], g[:, 0], None if s is None else s[:, 0], state=state
+            )
             o = o[:, None]
         else:
             o, state = gated_slot_attention(
@@ -199,8 +192,8 @@ class GatedSlotAttention(nn.Module):
         """The operator's inputs for x [B, T, d].
 
         Returns:
-            q [B, T, HQ, K], k [B, T, H, K], v [B, T, H, V], g [B, T, H, M] float32 and s [B, T, H, M] float32, or None where
-            s is 1 - e^g. `past` is this layer's cache entry; what the next piece needs is put into `carry`.
+            q [B, T, HQ, K], k [B, T, H, K], v [B, T, H, V]; g and s [B, T, H, M] in float32, s being None where it
+            is 1 - e^g. `past` is this layer's cache entry; what the next piece needs is put into `carry`.
         """
         carry = {} if carry is None else carry
         if attention_mask is not None:
@@ -243,9 +236,7 @@ class GatedSlotAttention(nn.Module):
             g, s, z = (y[:, None] for y in abc_gates_step(logits[:, 0], z))
             z = z[:, 0]
         else:
-            g, s, z = abc_gates(
-                logits, initial_normalizer=z, output_final_normalizer=True, cu_seqlens=cu_seqlens
-            )
+            g, s, z = abc_gates(logits, initial_normalizer=z, output_final_normalizer=True, cu_seqlens=cu_seqlens)
         carry["normalizer"] = z
         if token is not None:
             g, s = g.masked_fill(~token, 0.0), s.masked_fill(~token, 0.0)

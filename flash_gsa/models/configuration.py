@@ -188,7 +188,8 @@ def _check(c: dict[str, Any]) -> None:
     for name in attn:
         if name not in _ATTENTION_KEYS:
             raise UsageError(
-                f"attn has no setting {name!r}.{did_you_mean(name, _ATTENTION_KEYS)} Settings: {', '.join(_ATTENTION_KEYS)}"
+                f"attn has no setting {name!r}.{did_you_mean(name, _ATTENTION_KEYS)} "
+                f"Settings: {', '.join(_ATTENTION_KEYS)}"
             )
     layers = attn.get("layers")
     if c["token_mixer"] == "attention":
@@ -196,11 +197,7 @@ def _check(c: dict[str, Any]) -> None:
             raise UsageError("token_mixer='attention' makes every layer attention; leave attn.layers out")
         return
     if not isinstance(layers, (list, tuple)) or not layers:
-        raise UsageError(
-            "attn.layers must list the blocks that use softmax attention, e.g. attn={'layers': [0, 6]}"
-        )
+        raise UsageError("attn.layers must list the blocks that use softmax attention, e.g. attn={'layers': [0, 6]}")
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < c["num_hidden_layers"]:
-            raise UsageError(
-                f"attn.layers holds {index!r}, but blocks are numbered 0 to {c['num_hidden_layers'] - 1}"
-            )
+            raise UsageError(f"attn.layers holds {index!r}, but blocks are numbered 0 to {c['num_hidden_layers'] - 1}")

@@ -45,9 +45,7 @@ class GSABlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         cache: GSACache | None = None,
     ) -> Tensor:
-        x = x + self.attn(
-            self.attn_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache
-        )
+        x = x + self.attn(self.attn_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -65,7 +63,7 @@ class GSAPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             if module.weight is not None:
@@ -90,8 +88,8 @@ class GSAModel(GSAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -127,7 +125,8 @@ class GSAModel(GSAPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = True if return_dict is None else return_dict
-        x = self.embeddings(self._checked(input_ids)) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds if input_ids is None else self.embeddings(self._checked(input_ids))
+        assert x is not None
         T = x.shape[1]
 
         if use_cache is None:
@@ -157,7 +156,7 @@ class GSAModel(GSAPreTrainedModel):
             cache.advance(T)
         out = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
+            past_key_values=cache,  # type: ignore[arg-type]  # a cache of our own
             hidden_states=None if hidden is None else tuple(hidden),
         )
         return out if return_dict else out.to_tuple()
@@ -170,8 +169,8 @@ class GSAModel(GSAPreTrainedModel):
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise UsageError(
-                    f"input_ids holds id {low if low < 0 else high}, but the vocabulary has {self.config.vocab_size} ids; "
-                    "was the text tokenised with this checkpoint's tokenizer?"
+                    f"input_ids holds id {low if low < 0 else high}, but the vocabulary has {self.config.vocab_size} "
+                    "ids; was the text tokenised with this checkpoint's tokenizer?"
                 )
         return input_ids
 
@@ -214,7 +213,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -267,9 +266,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
                 labels = labels.clone()
                 starts = cu_seqlens[:-1].to(labels.device, torch.int64)
                 labels[0, starts[starts < labels.shape[1]]] = -100
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -283,7 +280,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
         # The model makes its own cache; generate() must not make one.
         return False
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # only what this model needs
         self,
         input_ids: Tensor,
         past_key_values: GSACache | None = None,
@@ -300,11 +297,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
             length = inputs_embeds.shape[1]
         else:
             # After inputs_embeds, input_ids holds only what was generated.
-            new = (
-                input_ids[:, seen:]
-                if inputs_embeds is None
-                else input_ids[:, seen - inputs_embeds.shape[1] :]
-            )
+            new = input_ids[:, seen:] if inputs_embeds is None else input_ids[:, seen - inputs_embeds.shape[1] :]
             inputs["input_ids"] = new
             length = new.shape[1]
         if attention_mask is not None and (seen == 0 or length > 1):

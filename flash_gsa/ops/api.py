@@ -68,7 +68,7 @@ def gated_slot_attention(
     if B == 0 or T == 0:
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         state = initial_state or empty_state(q, k, v, g, sequences)
-        return q.new_empty(B, T, HQ, v.shape[3]), tuple(state) if output_final_state else None
+        return q.new_empty(B, T, HQ, v.shape[3]), (state[0], state[1]) if output_final_state else None
     return chosen.forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -102,4 +102,4 @@ def gated_slot_attention_step(
     B, HQ, K = q.shape
     problem = Problem(B, 1, HQ, k.shape[1], K, v.shape[2], g.shape[2], q.dtype, q.device.type)
     step = select(backend, problem).step or reference_step
-    return step(q, k, v, g, s, tuple(state), scale)
+    return step(q, k, v, g, s, (state[0], state[1]), scale)

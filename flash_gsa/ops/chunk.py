@@ -56,9 +56,7 @@ def chunk_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_se
 
     hk, hv = initial_state or empty_state(q, k.transpose(1, 2), v.transpose(1, 2), g, layout.sequences)
     hk, hv = layout.sort(hk.to(dtype).transpose(2, 3)), layout.sort(hv.to(dtype))
-    k0, hk = _Scan.apply(
-        decay, write @ k, hk, layout.waves
-    )  # K̃ before each chunk [n, H, M, K]; after the last
+    k0, hk = _Scan.apply(decay, write @ k, hk, layout.waves)  # K̃ before each chunk [n, H, M, K]; after the last
     v0, hv = _Scan.apply(decay, write @ v, hv, layout.waves)
 
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
@@ -118,7 +116,7 @@ class _Differences:
         seen = (t[a:, None] >= t[None, :])[..., None]
         return torch.where(seen, sums.exp() * s[:, :, None, :b], 0.0)
 
-    def _by_blocks(self, x: Tensor, product) -> Tensor:
+    def _by_blocks(self, x: Tensor, product) -> list[Tensor]:
         C = self.g.shape[2]
         blocks = []
         for a in range(0, C, self.BLOCK):
@@ -132,9 +130,7 @@ class _Differences:
 
     def logits(self, scores: Tensor) -> Tensor:
         """Σ_j scores_tj s_j e^{G_t-G_j}: [n, H, R, C, C] → [n, H, R, C, M]."""
-        blocks = self._by_blocks(
-            scores, lambda x, w: torch.einsum("nhrtj,nhtjm->nhrtm", x[..., : w.shape[3]], w)
-        )
+        blocks = self._by_blocks(scores, lambda x, w: torch.einsum("nhrtj,nhtjm->nhrtm", x[..., : w.shape[3]], w))
         return torch.cat(blocks, dim=3)
 
     def attention(self, p: Tensor) -> Tensor:
@@ -159,9 +155,7 @@ class _Scan(torch.autograd.Function):
         for wave in waves:
             end = start + wave
             before[start:end] = state[:wave]
-            torch.addcmul(
-                update[start:end], decay[start:end, :, :, None], before[start:end], out=state[:wave]
-            )
+            torch.addcmul(update[start:end], decay[start:end, :, :, None], before[start:end], out=state[:wave])
             start = end
         ctx.save_for_backward(decay, before)
         ctx.waves = waves
@@ -177,9 +171,7 @@ class _Scan(torch.autograd.Function):
         for wave in reversed(ctx.waves):
             start = end - wave
             grad_update[start:end] = grad[:wave]
-            torch.addcmul(
-                grad_before[start:end], decay[start:end, :, :, None], grad_update[start:end], out=grad[:wave]
-            )
+            torch.addcmul(grad_before[start:end], decay[start:end, :, :, None], grad_update[start:end], out=grad[:wave])
             end = start
         grad_decay = (grad_update * before).sum(dim=-1)
         return grad_decay, grad_update, grad, None

@@ -9,6 +9,8 @@ so it is gated slot attention with g_t = z_{t-1} - z_t and s_t = e^{l_t - z_t}. 
 logistic function of l_t - z_{t-1} both keep their digits: g_t = log σ(z_{t-1} - l_t), s_t = σ(l_t - z_{t-1}).
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def abc_gates(
     initial_normalizer: Tensor | None = None,
     output_final_normalizer: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gates that make `gated_slot_attention` compute ABC: `g, s = abc_gates(logits)`.
 
         z_t = log Σ_{j≤t} exp(l_j),   g_t = z_{t-1} - z_t,   s_t = exp(l_t - z_t)
@@ -49,11 +51,11 @@ def abc_gates(
     """
     _check_logits(logits, ("B", "T", "H", "M"))
     logits = logits.to(_dtype(logits))
-    B, T, H, M = logits.shape
+    B, _, H, M = logits.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, logits.shape)
         bounds = cu_seqlens.tolist()
-        pieces = [logits[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        pieces = [logits[:, a:b] for a, b in pairwise(bounds)]
     else:
         pieces = [logits]
     N = len(pieces) if cu_seqlens is not None else B

@@ -3,6 +3,8 @@
 Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (NeurIPS 2024), §3.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ def write_strength(g: Tensor) -> Tensor:
 def empty_state(q: Tensor, k: Tensor, v: Tensor, g: Tensor, sequences: int) -> State:
     """Zero states (hk [N, H, K, M], hv [N, H, M, V]) for N = `sequences`."""
     H, K, V, M = k.shape[-2], k.shape[-1], v.shape[-1], g.shape[-1]
-    like = {"device": q.device, "dtype": state_dtype(q)}
-    return torch.zeros(sequences, H, K, M, **like), torch.zeros(sequences, H, M, V, **like)
+    dtype = state_dtype(q)
+    return q.new_zeros(sequences, H, K, M, dtype=dtype), q.new_zeros(sequences, H, M, V, dtype=dtype)
 
 
 def reference_step(q, k, v, g, s, state: State, scale: float) -> tuple[Tensor, State]:
@@ -51,21 +53,21 @@ def reference_forward(q, k, v, g, s, scale, initial_state, output_final_state, c
     bounds = cu_seqlens.tolist()
     hk, hv = initial_state or empty_state(q, k, v, g, len(bounds) - 1)
     outputs, finals = [], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        part = [None if x is None else x[:, start:end] for x in (q, k, v, g, s)]
-        o, final = _run(*part, scale, (hk[n : n + 1], hv[n : n + 1]))
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        here = slice(start, end)
+        part = None if s is None else s[:, here]
+        state = (hk[n : n + 1], hv[n : n + 1])
+        o, final = _run(q[:, here], k[:, here], v[:, here], g[:, here], part, scale, state)
         outputs.append(o)
         finals.append(final)
-    state = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
-    return torch.cat(outputs, dim=1), state if output_final_state else None
+    hk, hv = (torch.cat(parts) for parts in zip(*finals, strict=True))
+    return torch.cat(outputs, dim=1), (hk, hv) if output_final_state else None
 
 
 def _run(q, k, v, g, s, scale, state):
     outputs = []
     for t in range(q.shape[1]):
-        o, state = reference_step(
-            q[:, t], k[:, t], v[:, t], g[:, t], None if s is None else s[:, t], state, scale
-        )
+        o, state = reference_step(q[:, t], k[:, t], v[:, t], g[:, t], None if s is None else s[:, t], state, scale)
         outputs.append(o)
     if not outputs:
         return q.new_empty(*q.shape[:3], v.shape[-1]), state

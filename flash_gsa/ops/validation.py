@@ -6,6 +6,7 @@ the device, so there they are checked only under the debug switch `FLASH_GSA_CHE
 """
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,11 +74,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
         raise UsageError(f"cu_seqlens must start with 0, got {values[0]}")
     if values[-1] != length:
         raise UsageError(f"cu_seqlens must end with T = {length}, got {values[-1]}")
-    for i, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(values)):
         if end < start:
-            raise UsageError(
-                f"cu_seqlens must not decrease: cu_seqlens[{i}] = {start} but cu_seqlens[{i + 1}] = {end}"
-            )
+            raise UsageError(f"cu_seqlens must not decrease: cu_seqlens[{i}] = {start} but cu_seqlens[{i + 1}] = {end}")
 
 
 def check_gates(name: str, g: Tensor) -> None:
@@ -86,9 +85,7 @@ def check_gates(name: str, g: Tensor) -> None:
         return
     largest = float(g.detach().amax())
     if largest != largest:
-        raise UsageError(
-            f"{name} contains NaN; look at what computed it (a NaN in the layer's input or weights)"
-        )
+        raise UsageError(f"{name} contains NaN; look at what computed it (a NaN in the layer's input or weights)")
     if largest > 0:
         raise UsageError(
             f"{name} is a log forget gate and must be ≤ 0 everywhere, but its largest value is {largest:g}; "
@@ -108,9 +105,7 @@ def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
                 f"{name} must have {lead + 2} dimensions [{', '.join(names)}, {last}], got {list(x.shape)}"
             )
         if x.dtype not in FLOATS:
-            raise UsageError(
-                f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}"
-            )
+            raise UsageError(f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}")
         if x.device != q.device:
             raise UsageError(f"all tensors must be on one device: q is on {q.device}, {name} on {x.device}")
     for name in ("k", "v"):
@@ -138,19 +133,12 @@ def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
     if s is not None and s.shape[-1] != g.shape[-1]:
         raise UsageError(f"s must have g's number of slots M = {g.shape[-1]}, got {s.shape[-1]}")
     if 0 in (k.shape[-1], v.shape[-1], g.shape[-1]):
-        raise UsageError(
-            f"K, V and M must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}, M = {g.shape[-1]}"
-        )
+        raise UsageError(f"K, V and M must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}, M = {g.shape[-1]}")
     check_gates("g", g)
 
 
 def _check_scale(scale) -> None:
-    if (
-        isinstance(scale, Tensor)
-        or not isinstance(scale, (int, float))
-        or scale != scale
-        or abs(scale) == float("inf")
-    ):
+    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
         raise UsageError(f"scale must be a finite Python number, got {scale!r}")
 
 
