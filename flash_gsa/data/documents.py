@@ -1,0 +1,82 @@
+"""What a text source gives: documents."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from flash_gsa.errors import UsageError, did_you_mean
+
+
+class Document(NamedTuple):
+    """One text.
+
+    `source` is the label that results are reported under (the part of a corpus it is from), `name`
+    says where it was found, for people.
+    """
+
+    text: str
+    source: str
+    name: str
+
+
+class Source(Protocol):
+    """A place that documents come from."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every document, always in the same order.
+
+        Raises:
+            UsageError: something there is not as it should be; the message names it.
+        """
+
+    def fingerprint(self) -> str:
+        """A string that differs whenever `documents()` would."""
+
+
+class Fields(NamedTuple):
+    """Which fields of a record hold the text and the source label.
+
+    `source` None: a field named "source" where there is one, else the label of the whole file.
+    """
+
+    text: str = "text"
+    source: str | None = None
+
+    def document(self, record: Mapping[str, Any], *, name: str, label: str) -> Document:
+        """The document in one record; `name` is where the record is, `label` the file's own label.
+
+        Raises:
+            UsageError: a field is missing, or is not a text that UTF-8 can express.
+        """
+        text = self._string(record, self.text, "text", name)
+        if self.source is not None:
+            label = self._string(record, self.source, "source", name)
+        elif isinstance(record.get("source"), str):
+            label = record["source"]
+        return Document(text, label, name)
+
+    def _string(self, record: Mapping[str, Any], field: str, role: str, name: str) -> str:
+        if field not in record:
+            raise UsageError(missing_field(field, role, record, name))
+        value = record[field]
+        if not isinstance(value, str):
+            raise UsageError(
+                f"{name}: field {field!r} is {type(value).__name__}, expected a string. Correct or drop the record"
+            )
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{name}: field {field!r} holds half of a surrogate pair (U+{ord(value[error.start]):04X}) at "
+                    f"character {error.start}, which is not text. Correct or drop the record"
+                ) from error
+        return value
+
+
+def missing_field(field: str, role: str, fields: Mapping[str, Any] | list[str], name: str) -> str:
+    """The message for a record or table without `field`; `role` is "text" or "source"."""
+    present = ", ".join(map(repr, fields)) or "none"
+    return (
+        f"{name}: no field {field!r}; there are: {present}.{did_you_mean(field, fields)} "
+        f"Set {role}_field to the name of the field that holds the {role}"
+    )

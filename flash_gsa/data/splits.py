@@ -1,0 +1,63 @@
+"""Which documents are for training and which are held out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from flash_gsa.data.store import TokenStore
+from flash_gsa.errors import UsageError
+
+
+def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Document indices of "train" and of every held-out part, each in ascending order (int64).
+
+    Documents are ranked by a hash of their text and the seed. In that order each part of `held_out` takes
+    documents until they hold as many UTF-8 bytes as it asks for, at least one; "train" is the rest. So
+    the split is the same for every tokenizer, equal texts are never on two sides, and documents added later
+    do not change the rank of those that were there.
+
+    Args:
+        store: the documents.
+        held_out: part → how much: a float below 1 is a share of all bytes, an int a number of bytes. For instance
+            `{"valid": 0.01, "test": 200_000}`.
+        seed: another one draws another split.
+
+    Raises:
+        UsageError: a part's name or size is no good, or nothing is left to train on.
+    """
+    total = int(store.num_bytes.sum())
+    rank = _mix(store.digest ^ _mix(np.array([seed], np.int64).astype(np.uint64)))
+    order = np.argsort(rank, kind="stable")
+    rank = rank[order]
+    covered = np.cumsum(store.num_bytes[order])
+    parts: dict[str, np.ndarray] = {}
+    start = 0
+    for name, size in held_out.items():
+        if name == "train":
+            raise UsageError(
+                "held_out names 'train', which is what the other parts leave. Expected for instance 'valid'"
+            )
+        if isinstance(size, bool) or not (0 < size < 1 or (isinstance(size, int) and size >= 1)):
+            raise UsageError(
+                f"held_out part {name!r} is {size!r}, expected a share between 0 and 1 or a whole number of bytes"
+            )
+        wanted = (covered[start - 1] if start else 0) + (size if isinstance(size, int) else size * total)
+        end = int(np.searchsorted(covered, wanted)) + 1
+        # Equal texts have equal ranks: the part ends behind the last of them.
+        end = int(np.searchsorted(rank, rank[min(end, len(rank)) - 1], side="right"))
+        if end >= len(rank):
+            raise UsageError(
+                f"held_out {dict(held_out)!r} leaves no document to train on: there are {len(rank)} documents of "
+                f"{total:,} bytes. Hold out less, or name a separate source for it"
+            )
+        parts[name] = np.sort(order[start:end])
+        start = end
+    return {"train": np.sort(order[start:]), **parts}
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: a bijection of uint64 in which every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
