@@ -1,0 +1,19 @@
+"""How a training run ends early."""
+
+from pathlib import Path
+
+from flash_gsa.errors import UsageError
+
+
+class TrainingStopped(UsageError):
+    """The loss or the gradient was no longer a finite number; the weights were not touched by it.
+
+    Attributes:
+        step: the step, counted from 1, that could not be taken.
+        checkpoint: the last good checkpoint, or None if none had been written.
+    """
+
+    def __init__(self, message: str, *, step: int, checkpoint: Path | None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint

@@ -1,0 +1,30 @@
+"""The model that a recipe asks for."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flash_gsa.models import GSAConfig, GSAForCausalLM
+from flash_gsa.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def model_config(recipe: Recipe, vocab_size: int, tokenizer: "PreTrainedTokenizerFast | None" = None) -> GSAConfig:
+    """The recipe's `model` section with the vocabulary's size and the tokenizer's special tokens filled in.
+
+    Raises:
+        UsageError: an unknown or contradictory setting.
+    """
+    special: dict[str, Any] = {
+        name: None if tokenizer is None else getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return GSAConfig(**recipe.model, vocab_size=vocab_size, **special)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises UsageError if no model can be built from the recipe; builds one without memory to find out."""
+    with torch.device("meta"):
+        GSAForCausalLM(model_config(recipe, vocab_size=1))
