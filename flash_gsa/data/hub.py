@@ -50,7 +50,8 @@ class HubDataset:
             # What can go wrong inside ranges from name resolution to the data set's own files.
             raise UsageError(
                 f"source {self.spec!r} cannot be read after {row + 1} records ({type(error).__name__}: {error}). "
-                "Check the network and the names of data set, configuration and split; or download it and name its files"
+                "Check the network and the names of data set, configuration and split; or download it and name "
+                "its files"
             ) from error
 
     def fingerprint(self) -> str:

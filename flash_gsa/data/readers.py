@@ -98,7 +98,8 @@ def decode_utf8(data: bytes, path: Path, *, first_byte: int = 0, first_line: int
     if first_byte == 0:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UsageError(f"{path} is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
-        data = data.removeprefix(_UTF8_BOM)
+        if data.startswith(_UTF8_BOM):
+            data, first_byte = data[3:], 3
     nul = data.find(0)
     if nul >= 0:
         raise UsageError(
