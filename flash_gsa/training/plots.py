@@ -1,13 +1,22 @@
 """The loss curve of a run, from its metrics.jsonl."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flash_gsa.errors import UsageError
 from flash_gsa.training.metrics import METRICS_FILE, read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TRAIN, _HELD_OUT = "tab:blue", "tab:orange"
+
 
 def plot_loss(metrics: Path, picture: Path | None = None) -> Path:
-    """Draws train and held-out loss over the steps, and bits per byte on a second axis where known.
+    """Draws the training loss and the held-out score over the steps.
+
+    The held-out loss of text shares the axis of the training loss, with bits per byte on the right; the accuracy
+    of a recall task has the right axis to itself.
 
     Args:
         metrics: a metrics.jsonl, or a run folder.
@@ -30,45 +39,45 @@ def plot_loss(metrics: Path, picture: Path | None = None) -> Path:
     held_out = [r for r in records if r["kind"] == "eval"]
     if not train:
         raise UsageError(f"{metrics} holds no training step yet, so there is nothing to draw")
-    picture = picture or metrics.with_name("loss.png")
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    last = train[-1]
     steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=1.5, label="training (moving average)")
-    if held_out:
-        axes.plot(
-            [r["step"] for r in held_out],
-            [r["loss"] for r in held_out],
-            color="tab:orange",
-            marker="o",
-            markersize=3,
-            linewidth=1.5,
-            label="held out",
-        )
-    axes.set_xlabel(f"step ({train[-1]['tokens'] / train[-1]['step']:,.0f} tokens each)")
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(losses), color=_TRAIN, linewidth=1.5, label="training loss (moving average)")
+    axes.set_xlabel(f"step ({last['tokens'] / last['step']:,.0f} tokens each)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{metrics.parent.name}: {train[-1]['tokens'] / 1e6:,.1f} M tokens in {_duration(train[-1])}")
+    axes.set_title(f"{metrics.parent.name}: {last['tokens'] / 1e6:,.2f} M tokens in {_duration(last['seconds'])}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    bits = [r for r in held_out if r.get("bits_per_byte")]
-    if bits:
-        # Nats a token and bits a byte of one held-out text differ by a constant factor.
-        factor = bits[-1]["bits_per_byte"] / bits[-1]["loss"]
-        right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
-        right.set_ylabel("bits per byte (held-out text)")
-        last = bits[-1]
-        axes.annotate(
-            f"{last['bits_per_byte']:.3f} bits/byte",
-            (last["step"], last["loss"]),
-            textcoords="offset points",
-            xytext=(-4, 14),
-            ha="right",
-            color="tab:orange",
-        )
+    if held_out:
+        draw = _held_out_loss if "loss" in held_out[-1] else _held_out_accuracy
+        draw(axes, held_out)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    picture = picture or metrics.with_name("loss.png")
     figure.savefig(picture, dpi=150)
     return picture
+
+
+def _held_out_loss(axes: "Axes", held_out: list[dict[str, Any]]) -> None:
+    last = held_out[-1]
+    _points(axes, held_out, "loss", f"held-out loss (at the end {last['bits_per_byte']:.3f} bits per byte)")
+    # Nats a token and bits a byte of one text differ by a constant factor.
+    factor = last["bits_per_byte"] / last["loss"]
+    right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+    right.set_ylabel("bits per byte of held-out text")
+
+
+def _held_out_accuracy(axes: "Axes", held_out: list[dict[str, Any]]) -> None:
+    right = axes.twinx()
+    right.set_ylim(-0.02, 1.02)
+    right.set_ylabel("accuracy on held-out queries")
+    _points(right, held_out, "accuracy", f"held-out accuracy (at the end {held_out[-1]['accuracy']:.3f})")
+
+
+def _points(axes: "Axes", records: list[dict[str, Any]], name: str, label: str) -> None:
+    steps, values = [r["step"] for r in records], [r[name] for r in records]
+    axes.plot(steps, values, color=_HELD_OUT, marker="o", markersize=3, linewidth=1.5, label=label)
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -82,6 +91,6 @@ def _smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def _duration(record: dict) -> str:
-    minutes, seconds = divmod(round(record["seconds"]), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -10,15 +10,18 @@ optimiser moments, position in the data, random states, number of steps, time sp
 
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from safetensors.torch import load_model
 
 from flash_gsa.data import Batch
+from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.training import events
 from flash_gsa.training.checkpoint import (
@@ -127,7 +130,7 @@ class _Run:
         self.model = GSAForCausalLM(model_config(recipe, inputs.vocab_size, inputs.tokenizer))
         self.model.to(engine.device).train()  # type: ignore[arg-type]
         if recipe.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _enable_gradient_checkpointing(self.model)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = 0
@@ -202,16 +205,22 @@ class _Run:
     def _take_step(self) -> dict[str, Any]:
         """One step of the optimiser. Returns its figures for metrics.jsonl."""
         recipe, engine, start = self.recipe, self.engine, time.monotonic()
-        position = self.inputs.batches.state_dict()
+        index = self.inputs.batches.state_dict()["position"]
         batches = [next(self.inputs.batches) for _ in range(recipe.batch.accumulation)]
         scored = sum(int((b.targets != IGNORED).sum()) for b in batches)
-        losses = [self._accumulate(batch, scored) for batch in batches]
+        losses = []
+        for i, batch in enumerate(batches):
+            try:
+                losses.append(self._accumulate(batch, scored))
+            except UsageError as error:  # on a CPU the operator looks at its inputs itself, and refuses NaN
+                self._stop(str(error), index + i, batch)
         norm = engine.clip(self.parameters, recipe.optimizer.clip)
         # Reading them waits for the device, once a step; in exchange a bad gradient never reaches the weights.
         *parts, gradient_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
         loss = math.fsum(parts)
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            self._stop(loss, gradient_norm, position, batches, parts)
+            worst = next((i for i, part in enumerate(parts) if not math.isfinite(part)), 0)
+            self._stop(f"loss {loss}, gradient norm {gradient_norm}", index + worst, batches[worst])
         self.step += 1
         settings = recipe.optimizer
         rate = learning_rate(
@@ -243,7 +252,13 @@ class _Run:
         return loss.detach()
 
     def _evaluate(self) -> None:
-        record = self.inputs.held_out.score(self.model, self.engine)
+        try:
+            record = self.inputs.held_out.score(self.model, self.engine)
+            bad = [name for name, value in record.items() if name != "by_source" and not math.isfinite(value)]
+        except UsageError as error:
+            bad = [str(error)]
+        if bad:
+            self._stop(f"the held-out score after step {self.step} is not finite ({', '.join(bad)})")
         self.on_event(events.Evaluated(self._write("eval", record)))
 
     def _save(self) -> None:
@@ -265,7 +280,8 @@ class _Run:
         self.on_event(events.Saved(self.checkpoint))
 
     def _write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, max_shard_size="1TB")  # one file, which is what restore() reads
+        with _without_bars():
+            self.model.save_pretrained(folder, max_shard_size="1TB")  # one file, which restore() reads
         if self.inputs.tokenizer is not None:
             self.inputs.tokenizer.save_pretrained(folder)
 
@@ -290,22 +306,33 @@ class _Run:
         present = self.recipe.checkpoints.keep if self.checkpoint else 0
         check_space(self.run_dir, one * (self.recipe.checkpoints.keep + 1 - present))
 
-    def _stop(
-        self,
-        loss: float,
-        gradient_norm: float,
-        position: dict[str, Any],
-        batches: list[Batch],
-        parts: list[float],
-    ) -> NoReturn:
-        worst = next((i for i, part in enumerate(parts) if not math.isfinite(part)), 0)
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {gradient_norm} at loss {loss:.4f}"
+    def _stop(self, what: str, index: int = -1, batch: Batch | None = None) -> NoReturn:
+        where = ""
+        if batch is not None:
+            where = f" It was batch {index} of the stream of seed {self.recipe.seed}, {self.inputs.describe(batch)}."
         safe = f"{self.checkpoint} is intact." if self.checkpoint else "No checkpoint had been written yet."
         raise TrainingStopped(
-            f"Training stopped at step {self.step + 1}: {what}. Expected finite numbers; the weights were not "
-            f"updated with these. The batch: position {position}, {self.inputs.describe(batches[worst])}. {safe} "
-            "Look at that text; or start a new run (output_dir) with a lower optimizer.lr, a longer warm-up, or "
+            f"Training stopped at step {self.step + 1}: {what}. Expected finite numbers.{where} {safe} "
+            "Look at that text, or start a new run (output_dir) with a lower optimizer.lr, a longer warm-up or "
             "precision=fp32.",
             step=self.step + 1,
             checkpoint=self.checkpoint,
         )
+
+
+def _enable_gradient_checkpointing(model: GSAForCausalLM) -> None:
+    # transformers is renaming it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for every file it writes, in the middle of ours."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()

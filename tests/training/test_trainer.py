@@ -1,0 +1,325 @@
+"""The loop: it learns, resumes exactly, stops cleanly, and refuses what would lose work."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flash_gsa.data import encode_documents, load_tokenizer
+from flash_gsa.errors import UsageError
+from flash_gsa.models import GSAForCausalLM
+from flash_gsa.training import checkpoint as checkpoint_module
+from flash_gsa.training import events
+from flash_gsa.training.engine import Engine
+from flash_gsa.training.errors import TrainingStopped
+from flash_gsa.training.metrics import read_metrics
+from flash_gsa.training.optimizer import learning_rate
+from flash_gsa.training.run_folder import open_run_folder
+from flash_gsa.training.trainer import train
+
+FIGURES = ("step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "by_source", "accuracy")
+
+
+def curve(run_dir, kind="train"):
+    """What must not depend on when a run was stopped: all but times and memory."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: r[k] for k in FIGURES if k in r} for r in records if r["kind"] == kind]
+
+
+def weights(result):
+    return load_file(result.checkpoint / "model.safetensors")
+
+
+def checkpoints(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+class At:
+    """A listener that does something after step `step`."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def __call__(self, event):
+        if isinstance(event, events.Stepped) and event.record["step"] == self.step:
+            self.action()
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def uninterrupted(make_recipe, tmp_path):
+    result = train(make_recipe(f"output_dir={tmp_path}/whole"))
+    return curve(result.run_dir), curve(result.run_dir, "eval"), weights(result)
+
+
+def assert_same(result, uninterrupted):
+    steps, evaluations, tensors = uninterrupted
+    assert curve(result.run_dir) == steps
+    assert curve(result.run_dir, "eval") == evaluations
+    found = weights(result)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_whole_run(make_recipe):
+    recipe, told = make_recipe(), []
+    result = train(recipe, on_event=told.append)
+    steps, evaluations = curve(result.run_dir), curve(result.run_dir, "eval")
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert [r["step"] for r in evaluations] == [0, 5, 10, 12]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 1.0
+    assert set(evaluations[0]["by_source"]) == {"odd", "even"}
+    assert [r["tokens"] for r in steps] == [128 * n for n in range(1, 13)]
+    rates = [learning_rate(n, peak=1e-2, floor=1e-3, warmup_steps=2, total_steps=12) for n in range(1, 13)]
+    assert [r["lr"] for r in steps] == rates
+    assert checkpoints(result.run_dir) == ["step-00000008", "step-00000012"]
+    assert (result.step, result.signal, result.checkpoint.name) == (12, None, "step-00000012")
+    assert result.metrics["loss"] == evaluations[-1]["loss"]
+    assert result.picture.read_bytes().startswith(b"\x89PNG")
+    kinds = [type(e) for e in told if not isinstance(e, events.Preparing)]
+    assert kinds[:3] == [events.Started, events.Evaluated, events.Stepped]
+    assert kinds[-3:] == [events.Evaluated, events.Saved, events.Ended]
+
+
+def test_a_checkpoint_is_a_model_with_its_tokenizer(make_recipe, tmp_path):
+    result = train(make_recipe())
+    model = GSAForCausalLM.from_pretrained(result.checkpoint)
+    tokenizer = load_tokenizer(str(result.checkpoint))
+    assert len(tokenizer) == model.config.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    (ids,) = encode_documents(tokenizer, ["the slot forgets"])
+    ids = torch.from_numpy(ids.astype("int64"))[None]
+    loss = model(ids, labels=ids).loss.item()
+    assert loss == pytest.approx(result.metrics["loss"], abs=0.5)
+
+
+@pytest.mark.parametrize("steps", [(1,), (5,), (4, 9), (3, 4, 11)])
+def test_resumes_with_the_same_bits(make_recipe, uninterrupted, steps):
+    recipe = make_recipe()
+    for step in steps:
+        result = train(recipe, on_event=At(step, send(signal.SIGTERM)))
+        assert (result.step, result.signal) == (step, "SIGTERM")
+        assert result.checkpoint.name == f"step-{step:08d}"
+    result = train(recipe)
+    assert (result.step, result.signal) == (12, None)
+    assert_same(result, uninterrupted)
+
+
+def test_a_finished_run_stays_as_it_is(make_recipe):
+    first = train(make_recipe())
+    before = read_metrics(first.run_dir / "metrics.jsonl")
+    told = []
+    again = train(make_recipe(), on_event=told.append)
+    assert again == first
+    assert not any(isinstance(e, events.Stepped | events.Saved) for e in told)
+    assert read_metrics(first.run_dir / "metrics.jsonl") == before
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from flash_gsa.training import checkpoint, events
+from flash_gsa.training.recipe_file import load_recipe
+from flash_gsa.training.trainer import train
+
+torch.set_num_threads(1)
+file, moment = sys.argv[1:]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def listener(event):
+    if moment == "between" and isinstance(event, events.Stepped) and event.record["step"] == 6:
+        die()
+
+write_json = checkpoint._write_json
+
+def dying_write_json(path, value):
+    if moment == "writing" and path.name == "manifest.json" and value["step"] == 8:
+        path.write_text("{")
+        die()
+    write_json(path, value)
+
+checkpoint._write_json = dying_write_json
+train(load_recipe(file), on_event=listener)
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [("between", []), ("writing", [".writing-step-00000008"])])
+def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left):
+    recipe = make_recipe()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), moment]
+    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoints(tmp_path / "run") == [*left, "step-00000004"]
+    result = train(recipe)
+    assert_same(result, uninterrupted)
+    assert checkpoints(tmp_path / "run") == ["step-00000008", "step-00000012"]
+
+
+def test_killed_before_the_first_checkpoint_starts_again(make_recipe, uninterrupted):
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    recipe = make_recipe()
+    with pytest.raises(Killed):
+        train(recipe, on_event=At(2, die))
+    assert_same(train(recipe), uninterrupted)
+
+
+def test_a_second_signal_is_not_swallowed(make_recipe):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_recipe(), on_event=At(2, twice))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(make_recipe, uninterrupted):
+    recipe = make_recipe()
+    folder = train(recipe, on_event=At(9, send(signal.SIGTERM))).checkpoint
+    content = bytearray((folder / "trainer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "trainer.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match=r"step-00000009 is damaged.*Delete that folder to go on from step-00000008"):
+        train(recipe)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    assert_same(train(recipe), uninterrupted)
+
+
+def test_a_full_disk_stops_the_run_and_costs_nothing(make_recipe, uninterrupted, monkeypatch):
+    import errno
+
+    def full(path, value):
+        if value["step"] == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, value)
+
+    write_json = checkpoint_module._write_json
+    recipe = make_recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "_write_json", full)
+        with pytest.raises(UsageError, match=r"step 8 could not be written.*no space.*step-00000004 is complete"):
+            train(recipe)
+    assert_same(train(recipe), uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe):
+    recipe = make_recipe("optimizer.lr=1e38", "schedule.warmup_steps=0", "checkpoints.every=1")
+    with pytest.raises(TrainingStopped) as caught:
+        train(recipe)
+    stop = caught.value
+    assert stop.checkpoint.name == f"step-{stop.step - 1:08d}"
+    message = str(stop)
+    assert re.search(rf"stopped at step {stop.step}: (loss nan|g contains NaN)", message)
+    assert f"batch {2 * (stop.step - 1)} of the stream of seed 0, with sequences that begin '" in message
+    assert f"{stop.checkpoint} is intact" in message
+    assert [r["step"] for r in curve(stop.checkpoint.parent.parent)] == list(range(1, stop.step))
+
+
+class BadGradient(Engine):
+    """An engine whose third gradient overflows."""
+
+    calls = 0
+
+    def clip(self, parameters, max_norm):
+        self.calls += 1
+        norm = super().clip(parameters, max_norm)
+        return norm if self.calls < 3 else torch.full_like(norm, float("inf"))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_recipe):
+    with pytest.raises(
+        TrainingStopped, match=r"at step 3: loss \d.*gradient norm inf.*No checkpoint had been"
+    ) as caught:
+        train(make_recipe(), engine=BadGradient("cpu"))
+    assert (caught.value.step, caught.value.checkpoint) == (3, None)
+
+
+def test_accumulation_weighs_every_token_the_same(make_recipe, tmp_path):
+    """Rows of one batch or of four: the same stream of tokens, so the same loss and gradient but for rounding.
+
+    The batches of a step have different numbers of scored tokens here, so a mean of means would differ.
+    """
+    one = train(make_recipe("batch={rows: 4, length: 16}", f"output_dir={tmp_path}/one"))
+    four = train(make_recipe("batch={rows: 1, length: 16, accumulation: 4}", f"output_dir={tmp_path}/four"))
+    for a, b in zip(curve(one.run_dir), curve(four.run_dir), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(make_recipe, tmp_path):
+    plain = train(make_recipe(f"output_dir={tmp_path}/plain"))
+    less = train(make_recipe("gradient_checkpointing=true", f"output_dir={tmp_path}/less"))
+    assert curve(plain.run_dir) == curve(less.run_dir)
+
+
+def test_another_seed_is_another_run(make_recipe, tmp_path):
+    a = train(make_recipe("schedule.steps=3", f"output_dir={tmp_path}/a"))
+    b = train(make_recipe("schedule.steps=3", "seed=1", f"output_dir={tmp_path}/b"))
+    assert curve(a.run_dir)[0]["loss"] != curve(b.run_dir)[0]["loss"]
+
+
+def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
+    train(make_recipe(), on_event=At(5, send(signal.SIGTERM)))
+    with pytest.raises(UsageError) as caught:
+        train(make_recipe("optimizer.lr=2e-2", "model.num_slots=8"))
+    assert "optimizer.lr: 0.01 there, 0.02 now" in str(caught.value)
+    assert "model.num_slots: 4 there, 8 now" in str(caught.value)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(make_recipe(), existing="refuse")
+    harmless = make_recipe("description=other words", "checkpoints={every: 7, keep: 3}", "logging.tensorboard=true")
+    assert_same(train(harmless), uninterrupted)
+    fresh = train(make_recipe("schedule.steps=3"), existing="overwrite")
+    assert (fresh.step, checkpoints(fresh.run_dir)) == (3, ["step-00000003"])
+
+
+def test_a_folder_of_something_else_is_left_alone(make_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match=r"no recipe\.yaml"):
+        train(make_recipe())
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        train(make_recipe(f"output_dir={tmp_path}/file"))
+
+
+def test_two_processes_do_not_share_a_folder(make_recipe):
+    with open_run_folder(make_recipe(), "resume"), pytest.raises(UsageError, match="Another process is training in"):
+        train(make_recipe())
+
+
+def test_mqar(make_recipe, tmp_path):
+    overrides = ["tokenizer=null", "data={kind: mqar, vocab_size: 32, num_kv_pairs: 2, held_out: 4}", "batch.length=16"]
+    recipe = make_recipe(*overrides)
+    whole = train(make_recipe(*overrides, f"output_dir={tmp_path}/whole"))
+    train(recipe, on_event=At(7, send(signal.SIGTERM)))
+    assert_same(train(recipe), (curve(whole.run_dir), curve(whole.run_dir, "eval"), weights(whole)))
+    assert 0 <= whole.metrics["accuracy"] <= 1
+    assert not (whole.checkpoint / "tokenizer.json").exists()
+
+
+def test_a_time_budget_is_kept(make_recipe):
+    recipe = make_recipe("schedule={minutes: 0.04, warmup_steps: 2}", "checkpoints.every=1000", "evaluation.every=1000")
+    result = train(recipe)
+    records = [r for r in read_metrics(result.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    assert 2.0 < records[-1]["seconds"] < 3.5
+    assert records[-1]["lr"] < 2e-3  # the cosine has come down, though nobody knew the number of steps
+    assert result.step == records[-1]["step"] > 5
