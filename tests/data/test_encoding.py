@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash_gsa.data import encode_documents, encoding, load_tokenizer
 
-LONG = " ".join(f"word{i}  and\nmore {i * i} é漢▁ x" for i in range(300))
+LONG = " ".join(f"word{i}  and\n         more {i * i} é漢▁ x" for i in range(300))
 
 
 @pytest.fixture(scope="module", params=["byte", "mistral", "bpe:400"])
@@ -37,18 +37,19 @@ def test_padding_and_truncation_of_the_tokenizer_have_no_effect(tokenizer):
     assert len(long) > 1000
 
 
-def test_long_documents_cut_in_pieces_have_the_same_ids(tokenizer, monkeypatch):
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_long_documents_cut_in_pieces_have_the_same_ids(size, tokenizer, monkeypatch):
     (whole,) = encode_documents(tokenizer, [LONG])
     cuts = []
     cut = encoding.DocumentEncoder._cut
     monkeypatch.setattr(
         encoding.DocumentEncoder, "_cut", lambda self, text: cuts.append(list(cut(self, text))) or cuts[-1]
     )
-    monkeypatch.setattr(encoding, "_PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(encoding, "_PIECE_CHARACTERS", size)
     monkeypatch.setattr(encoding, "_CALL_CHARACTERS", 100)
     before, pieces, after = encode_documents(tokenizer, ["before", LONG, "after"])
     np.testing.assert_array_equal(pieces, whole)
-    assert len(cuts[1]) > 200
+    assert len(cuts[1]) > len(LONG) / (size + 100)
     assert tokenizer.decode(before[1:-1]) == "before"
     assert tokenizer.decode(after[1:-1]) == "after"
 

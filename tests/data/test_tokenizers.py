@@ -57,6 +57,14 @@ def test_bpe_is_lossless_and_of_the_size_asked_for(bpe):
     lossless()
 
 
+def test_special_tokens_in_text_are_text(bpe):
+    for tokenizer in (BYTE, bpe):
+        text = "<bos>a<eos><pad>"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert set(ids).isdisjoint(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids) == text
+
+
 def test_bpe_covers_more_bytes_a_token_than_bytes_do(bpe):
     text = "import collections\n\n\nclass Example:\n    def method(self, value):\n        return value\n"
     assert len(bpe(text).input_ids) < len(text.encode()) / 2
