@@ -89,7 +89,8 @@ def _train(recipe: "Recipe", fresh: bool, console: Any) -> "TrainResult":
         result = train(recipe, existing="overwrite" if fresh else "resume", on_event=listen)
     exit_if_stopped(result)
     if not trained:
-        console.print(f"{result.run_dir} holds a finished demo: showing it again. --fresh trains anew.")
+        message = f"{result.run_dir} holds a finished demo: showing it again. --fresh trains anew."
+        console.print(message, highlight=False, soft_wrap=True)
     return result
 
 
