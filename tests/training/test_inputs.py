@@ -48,7 +48,7 @@ def test_a_separate_source_for_what_is_held_out(make_recipe, tmp_path):
 
 def test_bpe_never_sees_what_is_held_out(make_recipe, tmp_path):
     # Each document repeats a word of its own, which would be among the first pieces if it were seen.
-    words = [f"{letter}{digit}" for letter in "abcdefgh" for digit in "123"]
+    words = [f"{first}{second}" for first in "abcdefgh" for second in "xyz"]
     lines = [json.dumps({"text": " ".join([word] * 30)}) + "\n" for word in words]
     (tmp_path / "text.jsonl").write_text("".join(lines))
     recipe = make_recipe("tokenizer=bpe:300", "data.held_out=150")
