@@ -6,7 +6,6 @@ transformers is not imported yet, a finder waits for that and registers right af
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -36,11 +35,15 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _WAITED_FOR:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
-        return spec
+        # Others are asked directly: importlib.util.find_spec would come back here. And this finder stays where it
+        # is until the import itself, because many packages only look whether transformers is there.
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Registering(spec.loader)
+                return spec
+        return None
 
 
 class _Registering(Loader):
@@ -54,4 +57,5 @@ class _Registering(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         _register()
