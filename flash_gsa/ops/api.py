@@ -1,5 +1,8 @@
 """The operator's public functions: docstring, checks, choice of a backend."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 
 from . import backends as _backends  # noqa: F401  (importing it registers them)
@@ -69,7 +72,8 @@ def gated_slot_attention(
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         state = initial_state or empty_state(q, k, v, g, sequences)
         return q.new_empty(B, T, HQ, v.shape[3]), (state[0], state[1]) if output_final_state else None
-    return chosen.forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
+    with _own_precision(q):
+        return chosen.forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def gated_slot_attention_step(
@@ -102,4 +106,13 @@ def gated_slot_attention_step(
     B, HQ, K = q.shape
     problem = Problem(B, 1, HQ, k.shape[1], K, v.shape[2], g.shape[2], q.dtype, q.device.type)
     step = select(backend, problem).step or reference_step
-    return step(q, k, v, g, s, (state[0], state[1]), scale)
+    with _own_precision(q):
+        return step(q, k, v, g, s, (state[0], state[1]), scale)
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast inside a backend: it would round the products of float32 states and gates to 16 bits."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
