@@ -64,6 +64,8 @@ def abc_gates(
     before, finals = [], []
     for n, piece in enumerate(pieces):
         z0 = carried if cu_seqlens is None else carried[n : n + 1]
+        # The gradient of logcumsumexp at -inf is NaN; where nothing is written yet, it is 0.
+        z0 = torch.where(z0 == float("-inf"), z0.detach(), z0)
         z = torch.cat([z0[:, None], piece], dim=1).logcumsumexp(dim=1)
         before.append(z[:, :-1])
         finals.append(z[:, -1])
