@@ -154,12 +154,20 @@ class GatedSlotAttention(nn.Module):
             attention_mask: [B, T], 1 for a token, 0 for padding, which leaves the state as it is.
             cu_seqlens: [S+1] boundaries of packed sequences (B = 1).
             cache: carries the state from piece to piece; this layer's entry is read and replaced.
+
+        Raises:
+            UsageError: a cache with packed sequences and short convolutions.
         """
+        if cache is not None and cu_seqlens is not None and self.use_short_conv:
+            raise UsageError(
+                "a layer with short convolutions cannot carry a cache over packed sequences; "
+                "run them one at a time or as a padded batch"
+            )
         past = None if cache is None else cache.get(self.layer_idx)
         carry: dict[str, Any] = {}
         q, k, v, g, s = self.project(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, past=past, carry=carry)
         state = None if past is None else past["state"]
-        if x.shape[1] == 1 and state is not None:
+        if x.shape[1] == 1 and state is not None and cu_seqlens is None:
             o, state = gated_slot_attention_step(
                 q[:, 0], k[:, 0], v[:, 0], g[:, 0], None if s is None else s[:, 0], state=state
             )
@@ -232,7 +240,7 @@ class GatedSlotAttention(nn.Module):
         if token is not None:
             logits = logits.masked_fill(~token, _NOTHING)
         z = None if past is None else past["normalizer"]
-        if logits.shape[1] == 1 and z is not None:
+        if logits.shape[1] == 1 and z is not None and cu_seqlens is None:
             g, s, z = (y[:, None] for y in abc_gates_step(logits[:, 0], z))
             z = z[:, 0]
         else:
