@@ -159,6 +159,14 @@ def _check(c: dict[str, Any]) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_slots"):
         if isinstance(c[name], bool) or not isinstance(c[name], int) or c[name] < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, got {c[name]!r}")
+    for name in ("num_kv_heads", "intermediate_size"):
+        if c[name] is not None and (isinstance(c[name], bool) or not isinstance(c[name], int) or c[name] < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, or left out, got {c[name]!r}")
+    if isinstance(c["conv_size"], bool) or not isinstance(c["conv_size"], int) or c["conv_size"] < 2:
+        raise UsageError(f"conv_size must be a whole number of at least 2, got {c['conv_size']!r}")
+    ratio = c["hidden_ratio"]
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0):
+        raise UsageError(f"hidden_ratio must be a number above 0, or left out, got {ratio!r}")
     for name in ("use_short_conv", "use_norm", "elementwise_affine", "use_cache", "tie_word_embeddings"):
         if not isinstance(c[name], bool):
             raise UsageError(f"{name} must be true or false, got {c[name]!r}")

@@ -124,7 +124,8 @@ class GSAModel(GSAPreTrainedModel):
             raise UsageError("give either input_ids or inputs_embeds")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        return_dict = True if return_dict is None else return_dict
+        if return_dict is None:
+            return_dict = self.config.return_dict
         x = inputs_embeds if input_ids is None else self.embeddings(self._checked(input_ids))
         assert x is not None
         T = x.shape[1]
@@ -202,6 +203,7 @@ class GSAModel(GSAPreTrainedModel):
 class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
     """`GSAModel` with output logits: a language model for training, scoring and `generate()`."""
 
+    accepts_loss_kwargs = True  # the Trainer may pass num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: GSAConfig):
@@ -234,7 +236,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **loss_kwargs: Any,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits and, with `labels`, the loss.
 
@@ -242,12 +244,15 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
             labels: [B, T], as input_ids; position t is scored against labels[t+1], -100 is not scored. Across
                 boundaries of packed sequences nothing is scored.
             logits_to_keep: compute logits of the last so many positions only; 0: all.
-            loss_kwargs: for the loss, e.g. `num_items_in_batch` from the Hugging Face Trainer.
+            num_items_in_batch: divide the summed loss by this instead of by the number of scored tokens; the
+                Hugging Face Trainer gives it when it accumulates gradients.
             The others: see `GSAModel.forward`.
 
         Returns:
             `loss` (mean nats a scored token), `logits` [B, T, vocab_size], `past_key_values`, `hidden_states`.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise UsageError("labels score every position, so logits_to_keep must be 0 with them")
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -266,14 +271,21 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
                 labels = labels.clone()
                 starts = cu_seqlens[:-1].to(labels.device, torch.int64)
                 labels[0, starts[starts < labels.shape[1]]] = -100
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
         )
-        return result if return_dict is None or return_dict else result.to_tuple()
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return result if return_dict else result.to_tuple()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -298,6 +310,11 @@ class GSAForCausalLM(GSAPreTrainedModel, GenerationMixin):
         else:
             # After inputs_embeds, input_ids holds only what was generated.
             new = input_ids[:, seen:] if inputs_embeds is None else input_ids[:, seen - inputs_embeds.shape[1] :]
+            if new.shape[1] == 0:
+                raise UsageError(
+                    f"past_key_values has seen {seen} tokens and input_ids holds no later one; give the whole "
+                    "sequence, ending in at least one token that is not in the cache yet"
+                )
             inputs["input_ids"] = new
             length = new.shape[1]
         if attention_mask is not None and (seen == 0 or length > 1):
