@@ -48,7 +48,7 @@ def test_a_separate_source_for_what_is_held_out(make_recipe, tmp_path):
 
 def test_bpe_never_sees_what_is_held_out(make_recipe, tmp_path):
     # Each document repeats a word of its own, which would be among the first pieces if it were seen.
-    words = [f"{first}{second}" for first in "abcdefgh" for second in "xyz"]
+    words = [f"{letter}z" for letter in "abcdefghijklmnopqrstuvwx"]
     lines = [json.dumps({"text": " ".join([word] * 30)}) + "\n" for word in words]
     (tmp_path / "text.jsonl").write_text("".join(lines))
     recipe = make_recipe("tokenizer=bpe:300", "data.held_out=150")
