@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from flash_gsa.inspection.slots import SlotActivity
 
@@ -57,6 +58,10 @@ def save_picture(activity: SlotActivity, tokens: Sequence[str], path: Path, *, t
         axis.set_title(name, loc="left", fontsize=10)
         _number_slots(axis, order)
         bar = figure.colorbar(image, cax=_axes(figure, _LEFT + width + 0.12, low, _BAR, height))
+        if isinstance(norm, LogNorm):
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bar.ax.yaxis.set_major_formatter("{x:g}")
+            bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.set_label(unit, fontsize=9)
         bar.ax.tick_params(labelsize=8)
     _name_tokens(axis, labels)

@@ -1,7 +1,9 @@
 """eval, generate and inspect on a tiny random model."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +137,15 @@ def test_a_tokenizer_of_another_model_is_refused(run, checkpoint, texts, tmp_pat
     answer = run("eval", foreign, texts)
     assert answer.status == 2
     assert "has 400 tokens and the model only 259" in answer.err
+
+
+def test_the_python_example_of_the_documentation_runs(checkpoint, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "inspection.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "runs" / "demo")
+    exec(code[1].replace("layer=2", "layer=1"), {})
+    assert (tmp_path / "slots.png").exists()
+    assert (tmp_path / "slots.html").exists()

@@ -3,11 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 
 from flash_gsa.cli.demo import _texts_seen
+from flash_gsa.cli.train import exit_if_stopped
 
 TINY = (
     "schedule.minutes=null",
@@ -69,8 +72,18 @@ def test_demo_measures_writes_and_draws(run, source, tmp_path):
 
 
 def test_demo_refuses_what_is_no_text(run):
-    answer = run("demo", "data={kind: mqar, num_kv_pairs: 2, vocab_size: 64}", "tokenizer=null")
+    task = "data={kind: mqar, num_kv_pairs: 2, vocab_size: 64}"
+    answer = run("demo", task, "tokenizer=null", "evaluation.max_bytes=null")
     assert answer.status == 2
+    assert "the demo is about text" in answer.err
+
+
+def test_a_run_that_a_signal_stopped_ends_with_its_status():
+    for name, status in (("SIGINT", 130), ("SIGTERM", 143)):
+        with pytest.raises(typer.Exit) as ended:
+            exit_if_stopped(SimpleNamespace(signal=name))
+        assert ended.value.exit_code == status
+    exit_if_stopped(SimpleNamespace(signal=None))
 
 
 class Stream:
