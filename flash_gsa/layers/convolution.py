@@ -38,7 +38,9 @@ class ShortConvolution(nn.Module):
         if tail is None:
             tail = x.new_zeros(x.shape[0], self.width - 1, self.channels)
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
-        if cu_seqlens is None:
+        if x.shape[1] == 0:
+            y = x  # which conv1d refuses
+        elif cu_seqlens is None:
             y = F.conv1d(padded.transpose(1, 2), self.weight, groups=self.channels).transpose(1, 2)
         else:
             y = self._packed(padded, cu_seqlens)
