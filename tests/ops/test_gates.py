@@ -1,5 +1,7 @@
 """ABC as gates: the operator with `abc_gates` is attention over softmax-normalised writes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_pieces_carried_through_the_normalizer_are_one_pass(bounds):
     logits = inputs()[3]
     g, s, z = abc_gates(logits, output_final_normalizer=True)
     found, carried = [], None
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         *gates, carried = abc_gates(logits[:, start:end], initial_normalizer=carried, output_final_normalizer=True)
         found.append(gates)
     torch.testing.assert_close(torch.cat([piece[0] for piece in found], 1), g)
@@ -99,7 +101,7 @@ def test_packed_is_a_loop_over_sequences():
     bounds = torch.tensor([0, *np.cumsum(lengths)])
     for initial in (None, z0):
         g, s, z = abc_gates(logits, initial_normalizer=initial, output_final_normalizer=True, cu_seqlens=bounds)
-        for n, (start, end) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:], strict=False)):
+        for n, (start, end) in enumerate(pairwise(bounds.tolist())):
             own = None if initial is None else initial[n : n + 1]
             want = abc_gates(logits[:, start:end], initial_normalizer=own, output_final_normalizer=True)
             torch.testing.assert_close((g[:, start:end], s[:, start:end], z[n : n + 1]), want)

@@ -1,5 +1,7 @@
 """What must hold whatever the numbers are: causality bit for bit, pieces, packing, steps, determinism."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -104,7 +106,7 @@ def test_pieces_carried_through_states_are_one_pass(backend, device, bounds):
 
     def in_pieces(x):
         outputs, state = [], (x["hk"], x["hv"])
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             piece = cut(x, start, end) | {"hk": state[0], "hv": state[1]}
             o, *state = call(backend, piece, Case(T=end - start, HQ=4, H=2, strength=True))
             outputs.append(o)
