@@ -71,7 +71,10 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             nn.init.uniform_(module.weight, -(module.width**-0.5), module.width**-0.5)
         elif isinstance(module, GatedSlotAttention) and module.gating == "data_independent":
-            module.reset_gates()
+            # Where a checkpoint lacks another weight of the layer, its gates may be loaded already. (For the functions
+            # of nn.init above transformers sees to that itself.)
+            if not getattr(module.f_bias, "_is_hf_initialized", False):
+                module.reset_gates()
 
 
 class GSAModel(GSAPreTrainedModel):
