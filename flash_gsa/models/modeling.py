@@ -71,9 +71,10 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             nn.init.uniform_(module.weight, -(module.width**-0.5), module.width**-0.5)
         elif isinstance(module, GatedSlotAttention) and module.gating == "data_independent":
-            # Where a checkpoint lacks another weight of the layer, its gates may be loaded already. (For the functions
-            # of nn.init above transformers sees to that itself.)
-            if not getattr(module.f_bias, "_is_hf_initialized", False):
+            # Gates may be loaded already where another weight of the layer is missing. (For the functions of nn.init
+            # transformers sees to that itself.)
+            loaded = getattr(module.f_bias, "_is_hf_initialized", False)
+            if not loaded:
                 module.reset_gates()
 
 
