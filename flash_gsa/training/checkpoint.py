@@ -99,18 +99,15 @@ def save_checkpoint(
     return final
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, verified; None if the run has not written one.
+def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, verified and read; None if the run has not written one.
 
     Raises:
         UsageError: the newest one is damaged. It is not passed over silently, because going on from an
             older one loses work.
     """
     folders = _folders(run_dir)
-    if not folders:
-        return None
-    verify_checkpoint(folders[-1][1])
-    return folders[-1][1]
+    return load_checkpoint(folders[-1][1]) if folders else None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

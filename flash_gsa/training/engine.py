@@ -23,12 +23,6 @@ class Engine:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on this engine's device; copies to a GPU run beside the computation."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch."""
         loss.backward()

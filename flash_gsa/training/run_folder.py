@@ -17,7 +17,7 @@ RECIPE_FILE = "recipe.yaml"
 Existing = Literal["resume", "overwrite", "refuse"]
 
 _OURS = (RECIPE_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS, "loss.png")
-_MAY_DIFFER = ("description", "output_dir", "device", "data.cache_dir", "checkpoints.", "logging.tensorboard")
+_MAY_DIFFER = ("description", "output_dir", "device", "data.cache_dir", "checkpoints.", "logging.")
 
 
 def run_dir_of(recipe: Recipe) -> Path:
@@ -42,18 +42,19 @@ def open_run_folder(recipe: Recipe, existing: Existing) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"The run's folder {run_dir} cannot be made: {error}. Set output_dir.") from None
     with _held(run_dir):
-        present = (run_dir / RECIPE_FILE).exists()
+        # Without a checkpoint there is nothing to lose or to go on with: a mended recipe starts anew.
+        present = any((run_dir / CHECKPOINTS).glob("step-*"))
         if existing == "overwrite":
             _delete_run(run_dir)
-        elif present and existing == "refuse":
-            raise UsageError(f"{run_dir} already holds a run. Set output_dir to another folder, or allow resuming it.")
-        elif present:
-            _same_recipe(recipe, run_dir)
-        elif any((run_dir / name).exists() for name in _OURS):
+        elif not (run_dir / RECIPE_FILE).exists() and any((run_dir / name).exists() for name in _OURS):
             raise UsageError(
                 f"{run_dir} holds files of a run but no {RECIPE_FILE}, so it cannot be told whether it is "
                 "this one. Set output_dir to another folder, or move those files away."
             )
+        elif present and existing == "refuse":
+            raise UsageError(f"{run_dir} already holds a run. Set output_dir to another folder, or allow resuming it.")
+        elif present:
+            _same_recipe(recipe, run_dir)
         remove_leftovers(run_dir)
         aside = run_dir / f".{RECIPE_FILE}.tmp"
         aside.write_text(recipe_to_yaml(recipe), encoding="utf-8")

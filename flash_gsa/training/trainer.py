@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_model
 
-from flash_gsa.data import Batch
+from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.training import events
@@ -29,14 +29,13 @@ from flash_gsa.training.checkpoint import (
     check_space,
     disk_errors,
     latest_checkpoint,
-    load_checkpoint,
     save_checkpoint,
 )
 from flash_gsa.training.engine import Engine
 from flash_gsa.training.errors import TrainingStopped
 from flash_gsa.training.inputs import Inputs, prepare_inputs
 from flash_gsa.training.interrupts import Interrupts
-from flash_gsa.training.loss import IGNORED, next_token_loss
+from flash_gsa.training.loss import next_token_loss
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
 from flash_gsa.training.model import model_config
 from flash_gsa.training.optimizer import (
@@ -96,18 +95,18 @@ def train(
     engine = engine or Engine(recipe.device, recipe.precision)
     length = RunLength(recipe.schedule, recipe.batch)
     with open_run_folder(recipe, existing) as run_dir:
-        folder = latest_checkpoint(run_dir)
+        saved = latest_checkpoint(run_dir)
         on_event(events.Preparing("preparing the data"))
         inputs = prepare_inputs(
             recipe,
-            saved_tokenizer=folder,
+            saved_tokenizer=saved.folder if saved else None,
             progress=lambda documents, size: on_event(
                 events.Preparing(f"tokenising: {documents:,} documents, {size / 1e6:,.1f} MB so far")
             ),
         )
         run = _Run(recipe, engine, run_dir, inputs, length, on_event)
-        if folder is not None:
-            run.restore(load_checkpoint(folder))
+        if saved is not None:
+            run.restore(saved)
         with Interrupts() as interrupts:
             return run.to_the_end(interrupts)
 
@@ -207,7 +206,7 @@ class _Run:
         recipe, engine, start = self.recipe, self.engine, time.monotonic()
         index = self.inputs.batches.state_dict()["position"]
         batches = [next(self.inputs.batches) for _ in range(recipe.batch.accumulation)]
-        scored = sum(int((b.targets != IGNORED).sum()) for b in batches)
+        scored = sum(int((b.targets != NOT_SCORED).sum()) for b in batches)
         losses = []
         for i, batch in enumerate(batches):
             try:
@@ -245,9 +244,10 @@ class _Run:
     def _accumulate(self, batch: Batch, scored: int) -> torch.Tensor:
         """Adds the gradient of one batch to that of the step; returns its part of the step's loss."""
         engine, model = self.engine, self.model
+        batch = batch.to(engine.device)
         with engine.autocast():
-            hidden = model.model(engine.to_device(batch.input_ids), cu_seqlens=batch.cu_seqlens).last_hidden_state
-            loss = next_token_loss(hidden, model.lm_head.weight, engine.to_device(batch.targets), scored=scored)
+            hidden = model.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).last_hidden_state
+            loss = next_token_loss(hidden, model.lm_head.weight, batch.targets, scored=scored)
         engine.backward(loss)
         return loss.detach()
 

@@ -51,7 +51,7 @@ def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 30, 4_000):
         save(tmp_path, step, keep=2)
     assert present(tmp_path) == ["step-00000030", "step-00004000"]
-    assert latest_checkpoint(tmp_path).name == "step-00004000"
+    assert latest_checkpoint(tmp_path).folder.name == "step-00004000"
 
 
 def test_no_checkpoint_yet(tmp_path):
@@ -60,7 +60,7 @@ def test_no_checkpoint_yet(tmp_path):
 
 def test_steps_beyond_eight_digits_are_in_order(tmp_path):
     save(tmp_path, 99_999_999)
-    assert save(tmp_path, 100_000_000) == latest_checkpoint(tmp_path)
+    assert save(tmp_path, 100_000_000) == latest_checkpoint(tmp_path).folder
 
 
 def test_writing_the_same_step_again_replaces_it(tmp_path):
@@ -149,7 +149,7 @@ def test_half_written_folders_are_ignored_and_removed(tmp_path):
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    assert latest_checkpoint(tmp_path).folder.name == "step-00000001"
     remove_leftovers(tmp_path)
     assert present(tmp_path) == ["step-00000001"]
 

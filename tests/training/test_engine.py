@@ -54,7 +54,7 @@ def test_random_state_and_memory():
 def test_auto_is_bf16_on_a_gpu():
     engine = Engine()
     assert (engine.device.type, engine.precision) == ("cuda", "bf16")
-    tensor = engine.to_device(torch.ones(2, 2))
+    tensor = torch.ones(2, 2, device=engine.device)
     with engine.autocast():
         assert (tensor @ tensor).dtype == torch.bfloat16
     assert engine.peak_memory() > 0

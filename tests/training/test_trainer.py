@@ -290,6 +290,12 @@ def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
     assert (fresh.step, checkpoints(fresh.run_dir)) == (3, ["step-00000003"])
 
 
+def test_a_recipe_mended_before_the_first_checkpoint_starts(make_recipe, tmp_path):
+    with pytest.raises(UsageError, match="nowhere"):
+        train(make_recipe(f"data.source={tmp_path}/nowhere.txt"))
+    assert train(make_recipe("schedule.steps=3")).step == 3
+
+
 def test_a_folder_of_something_else_is_left_alone(make_recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("mine")
