@@ -156,17 +156,25 @@ def _examine(recipe: "Recipe", result: "TrainResult") -> dict[str, Any]:
 
 
 def _texts_seen(stream: Any, batches: int, tokenizer: Any) -> Iterator[bytes]:
-    """The documents in the first `batches` of a `PackedBatches`, each once; the last may be cut short."""
-    import numpy as np
+    """The texts in the first `batches` of a `PackedBatches`, up to one epoch: a second brings no new bytes.
 
-    size = stream.rows * stream.length
-    tokens = np.concatenate([stream.batch(i).input_ids[0].numpy() for i in range(batches)] or [np.empty(0, int)])
-    # A second epoch brings no new bytes.
-    tokens = tokens[: min(batches * size, stream.epoch_tokens)]
-    ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
-    for ids in np.split(tokens, ends):
-        if len(ids):
-            yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+    Rows come in a drawn order, so pieces of documents are put one after the other, and a text ends where a document
+    does: an n-gram model then meets no end of a document that is none.
+    """
+    left = stream.epoch_tokens
+    text = b""
+    for i in range(batches):
+        batch = stream.batch(i)
+        for ids in batch.input_ids[0].tensor_split(batch.cu_seqlens[1:-1].long()):
+            if left <= 0:
+                break
+            left -= len(ids)
+            text += tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+            if ids[-1] == tokenizer.eos_token_id:
+                yield text
+                text = b""
+    if text:
+        yield text
 
 
 def _passage(texts: list[str]) -> str:

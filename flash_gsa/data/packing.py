@@ -1,4 +1,4 @@
-"""Training batches from a token store: the shuffled documents as one endless stream, cut into rows."""
+"""Training batches from a token store: the shuffled documents as one endless stream, cut into shuffled rows."""
 
 import hashlib
 from typing import Any
@@ -14,10 +14,11 @@ from flash_gsa.errors import UsageError
 class PackedBatches:
     """Endless packed batches of `rows` rows of `length` tokens.
 
-    Each epoch puts `documents` in an order drawn from (seed, epoch); epochs follow each other in one
-    stream, and batch i is the stream's positions i·rows·length … (i + 1)·rows·length − 1, in order. A sequence
-    (see `Batch.cu_seqlens`) begins at each row and at each document. The target at a position is the next
-    token of the stream, also where that lies in the next row; at the last token of a document it is −100.
+    Each epoch puts `documents` in an order drawn from (seed, epoch); epochs follow each other in one stream, which
+    is cut into rows. The rows of about one epoch at a time are drawn in an order of their own: a book is a single
+    document of hundreds of rows, and batches that held neighbouring rows would be about one book for minutes.
+    A sequence (see `Batch.cu_seqlens`) begins at each row and at each document. The target at a position is the
+    next token of the stream, also where that lies in the next row; at the last token of a document it is −100.
 
     Batch i depends on nothing but the arguments and i: `batch(i)` gives any at once, and to resume is to set
     the position.
@@ -43,6 +44,8 @@ class PackedBatches:
         if not self.epoch_tokens:
             raise UsageError("there are no documents to make batches of. Name another source or hold out less")
         self._identity = hashlib.sha256(store.key.encode() + self.documents.tobytes()).hexdigest()[:16]
+        self._block_rows = -(-self.epoch_tokens // length)
+        self._block: tuple[int, np.ndarray] = (-1, self.documents)
         self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, self.documents, self.documents)
 
     @property
@@ -60,16 +63,20 @@ class PackedBatches:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` ≥ 0: `input_ids` and `targets` `[1, rows·length]`; does not move the position."""
-        size = self.rows * self.length
-        tokens, begins = self._stream(index * size, size + 1)
-        targets = np.where(begins[1:], NOT_SCORED, tokens[1:])
-        boundary = np.zeros(size + 1, bool)
-        boundary[:: self.length] = True
-        boundary[:size] |= begins[:size]
+        length = self.length
+        tokens = np.empty((self.rows, length), np.int64)
+        targets = np.empty((self.rows, length), np.int64)
+        boundary = np.zeros((self.rows, length), bool)
+        for i in range(self.rows):
+            row, begins = self._stream(self._row(index * self.rows + i) * length, length + 1)
+            tokens[i], boundary[i] = row[:-1], begins[:-1]
+            targets[i] = np.where(begins[1:], NOT_SCORED, row[1:])
+        boundary[:, 0] = True
+        cu_seqlens = np.append(np.flatnonzero(boundary), tokens.size).astype(np.int32)
         return Batch(
-            torch.from_numpy(tokens[None, :-1]),
-            torch.from_numpy(targets[None]),
-            torch.from_numpy(np.flatnonzero(boundary).astype(np.int32)),
+            torch.from_numpy(tokens.reshape(1, -1)),
+            torch.from_numpy(targets.reshape(1, -1)),
+            torch.from_numpy(cu_seqlens),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,6 +123,13 @@ class PackedBatches:
             begins[done + (low - first)[low == begin]] = True
             done += last - first
         return tokens, begins
+
+    def _row(self, index: int) -> int:
+        """Which row of the stream comes as the `index`-th: a permutation within blocks of an epoch's rows."""
+        block, place = divmod(index, self._block_rows)
+        if self._block[0] != block:
+            self._block = (block, np.random.default_rng([self.seed, block, 1]).permutation(self._block_rows))
+        return block * self._block_rows + int(self._block[1][place])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents in the order of this epoch, and where each ends in it."""

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,23 +29,40 @@ def stream_by_hand(store, documents, seed, epochs):
 
 @given(sizes)
 @settings(deadline=None, max_examples=30)
-def test_batches_are_the_stream_cut_into_rows(store, size):
+def test_batches_are_the_rows_of_the_stream(store, size):
     length, rows, seed = size
     batches = PackedBatches(store, ALL, length=length, rows=rows, seed=seed)
     tokens, targets, begins = stream_by_hand(store, ALL, seed, 3)
-    count = min(len(tokens) // (length * rows), 40)
-    for i in range(count):
+    block = -(-batches.epoch_tokens // length)
+    seen = []
+    for _ in range(min(-(-block // rows), 40)):
         batch = next(batches)
-        here = slice(i * length * rows, (i + 1) * length * rows)
         assert batch.input_ids.shape == batch.targets.shape == (1, length * rows)
         assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
-        assert batch.input_ids[0].tolist() == tokens[here]
-        assert batch.targets[0].tolist() == targets[here]
-        assert batch.num_tokens == length * rows
-        inside = {b - here.start for b in begins if here.start <= b < here.stop}
-        expected = sorted(inside | set(range(0, length * rows + 1, length)))
-        assert batch.cu_seqlens.tolist() == expected
         assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.num_tokens == length * rows
+        bounds = set(batch.cu_seqlens.tolist())
+        assert bounds >= set(range(0, length * rows + 1, length))
+        for i in range(rows):
+            row = batches._row(len(seen))
+            here = slice(row * length, (row + 1) * length)
+            there = slice(i * length, (i + 1) * length)
+            assert batch.input_ids[0, there].tolist() == tokens[here]
+            assert batch.targets[0, there].tolist() == targets[here]
+            inside = {b - here.start for b in begins if here.start < b < here.stop}
+            assert {b - there.start for b in bounds if there.start < b < there.stop} == inside
+            seen.append(row)
+    first_block = seen[:block]
+    assert len(set(first_block)) == len(first_block)
+    assert max(first_block) < block
+
+
+def test_rows_are_shuffled_so_that_a_long_document_does_not_fill_batches(store):
+    batches = PackedBatches(store, ALL, length=8, rows=1, seed=0)
+    rows = [batches._row(i) for i in range(batches._block_rows)]
+    assert sorted(rows) == list(range(batches._block_rows))
+    neighbours = sum(b == a + 1 for a, b in pairwise(rows))
+    assert neighbours < len(rows) / 10
 
 
 def test_every_token_once_an_epoch(store):
