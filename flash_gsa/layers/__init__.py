@@ -12,6 +12,7 @@ from torch import nn
 from .attention import SoftmaxAttention
 from .convolution import ShortConvolution
 from .gated_slot_attention import GatedSlotAttention
+from .norm import RMSNorm
 
 
 def _gsa(config: Any, layer_idx: int) -> nn.Module:
@@ -45,4 +46,4 @@ def _attention(config: Any, layer_idx: int) -> nn.Module:
 
 MIXERS: dict[str, Callable[[Any, int], nn.Module]] = {"gsa": _gsa, "attention": _attention}
 
-__all__ = ["MIXERS", "GatedSlotAttention", "ShortConvolution", "SoftmaxAttention"]
+__all__ = ["MIXERS", "GatedSlotAttention", "RMSNorm", "ShortConvolution", "SoftmaxAttention"]

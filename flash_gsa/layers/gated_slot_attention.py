@@ -11,6 +11,7 @@ from ..errors import UsageError, did_you_mean
 from ..ops import abc_gates, abc_gates_step, gated_slot_attention, gated_slot_attention_step
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
+from .norm import RMSNorm
 
 GATINGS = ("gsa", "data_independent", "abc")
 GATE_SOURCES = ("f_proj", "pooled_keys")
@@ -127,7 +128,7 @@ class GatedSlotAttention(nn.Module):
             self.k_conv1d = ShortConvolution(kv_key_dim, conv_size)
             self.v_conv1d = ShortConvolution(kv_value_dim, conv_size)
         self.use_short_conv = use_short_conv
-        self.g_norm = nn.RMSNorm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine) if use_norm else None
+        self.g_norm = RMSNorm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine) if use_norm else None
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def reset_gates(self) -> None:

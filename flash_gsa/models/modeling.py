@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..errors import UsageError
-from ..layers import MIXERS, GatedSlotAttention, ShortConvolution
+from ..layers import MIXERS, GatedSlotAttention, RMSNorm, ShortConvolution
 from .cache import GSACache
 from .configuration import GSAConfig
 
@@ -33,9 +33,9 @@ class GSABlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GSAConfig, layer_idx: int):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = MIXERS[config.mixer_of(layer_idx)](config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
@@ -85,7 +85,7 @@ class GSAModel(GSAPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GSABlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

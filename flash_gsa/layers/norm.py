@@ -1,0 +1,16 @@
+"""RMSNorm that follows the dtype of its input."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = x / √(mean(x²) + ε) ∘ w over the last dimension, [..., D] → [..., D] in x's dtype.
+
+    nn.RMSNorm, but with the weight in x's dtype: under autocast x may be bfloat16 beside a float32 weight, for which
+    PyTorch leaves its fused kernel. The mean is float32 either way. Source: Zhang and Sennrich, 2019.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
