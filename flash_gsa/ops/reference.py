@@ -3,7 +3,7 @@
 Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (NeurIPS 2024), §3.
 """
 
-from itertools import pairwise
+import itertools
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def reference_forward(q, k, v, g, s, scale, initial_state, output_final_state, c
     bounds = cu_seqlens.tolist()
     hk, hv = initial_state or empty_state(q, k, v, g, len(bounds) - 1)
     outputs, finals = [], []
-    for n, (start, end) in enumerate(pairwise(bounds)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         here = slice(start, end)
         part = None if s is None else s[:, here]
         state = (hk[n : n + 1], hv[n : n + 1])
@@ -66,8 +66,11 @@ def reference_forward(q, k, v, g, s, scale, initial_state, output_final_state, c
 
 def _run(q, k, v, g, s, scale, state):
     outputs = []
-    for t in range(q.shape[1]):
-        o, state = reference_step(q[:, t], k[:, t], v[:, t], g[:, t], None if s is None else s[:, t], state, scale)
+    # unbind rather than x[:, t]: the gradient of such a slice is as long as x, so that a backward would take T² time.
+    tokens = zip(*(x.unbind(1) for x in (q, k, v, g)), strict=True)
+    strengths = itertools.repeat(None) if s is None else s.unbind(1)
+    for (qt, kt, vt, gt), st in zip(tokens, strengths, strict=False):
+        o, state = reference_step(qt, kt, vt, gt, st, state, scale)
         outputs.append(o)
     if not outputs:
         return q.new_empty(*q.shape[:3], v.shape[-1]), state
