@@ -139,11 +139,12 @@ def recurrence(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tens
         N = case.sequences if case.lengths is None else 1
         hk = x["hk"][rows] if "hk" in x else torch.zeros(N, case.H, case.K, case.M, dtype=dtype)
         hv = x["hv"][rows] if "hv" in x else torch.zeros(N, case.H, case.M, case.V, dtype=dtype)
-        for t in range(start, end):
-            forget = x["g"][:, t].exp()
-            hk = hk * forget[:, :, None] + torch.einsum("bhk,bhm->bhkm", x["k"][:, t], s[:, t])
-            hv = hv * forget[..., None] + torch.einsum("bhm,bhv->bhmv", s[:, t], x["v"][:, t])
-            scores = torch.einsum("bhk,bhkm->bhm", x["q"][:, t], hk.repeat_interleave(group, 1))
+        tokens = zip(*(y[:, start:end].unbind(1) for y in (x["q"], x["k"], x["v"], x["g"], s)), strict=True)
+        for q, k, v, g, strength in tokens:
+            forget = g.exp()
+            hk = hk * forget[:, :, None] + torch.einsum("bhk,bhm->bhkm", k, strength)
+            hv = hv * forget[..., None] + torch.einsum("bhm,bhv->bhmv", strength, v)
+            scores = torch.einsum("bhk,bhkm->bhm", q, hk.repeat_interleave(group, 1))
             p = (case.scale * scores).softmax(-1)
             outputs.append(torch.einsum("bhm,bhmv->bhv", p, hv.repeat_interleave(group, 1)))
         keys.append(hk)
