@@ -1,0 +1,139 @@
+"""Bring the figures in the documents up to date: `python -m benchmarks.render`, or with --check only compare.
+
+A document holds a block between `<!-- result: NAME -->` and `<!-- end -->`; what stands between is generated
+from benchmarks/results/NAME.json by the function of that name below. No figure in the docs is typed by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/results/README.md")
+BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def told(about: dict[str, Any]) -> str:
+    """One line: where, when and with what."""
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name != "flash-gsa")
+    threads = f", {about['threads']} threads" if about.get("threads") else ""
+    return f"`{about['command']}` · {about['device']}{threads} · {versions} · {about['date'][:10]} · {about['commit']}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def demo(result: dict[str, Any]) -> str:
+    shown = result["demo"]
+    bits = shown["bits_per_byte"]
+    rows = [[f"byte n-grams, context of {k}", f"{bits[f'order_{k}']:.3f}"] for k in range(1, 6)]
+    rows.append([f"**this model, {shown['parameters'] / 1e6:.2f} M parameters**", f"**{bits['model']:.3f}**"])
+    rows.sort(key=lambda row: -float(row[1].strip("*")))
+    rows.append(["xz -9e of the held-out text", f"{bits['xz']:.3f}"])
+    seen = shown["training_bytes"] / 1e6
+    return "\n\n".join(
+        [
+            table(["held-out text", "bits per byte"], rows),
+            f"The model and the n-grams saw the same {seen:.2f} MB. Training took {minutes(shown['training_seconds'])} "
+            f"({shown['steps']} steps, {shown['tokens']:,} tokens), what comes after it "
+            f"{shown['seconds_after_training']:.0f} s, memory {result['largest_memory_bytes'] / 2**30:.1f} GiB.",
+            told(result["about"]),
+        ]
+    )
+
+
+def mqar_tiny(result: dict[str, Any]) -> str:
+    abc = load("mqar_tiny_abc")
+    rows = [
+        [name, f"{run['last_evaluation']['accuracy']:.3f}", str(run["last_evaluation"]["step"]), minutes(run["seconds"])]
+        for name, run in (("GSA", result), ("ABC (`model.gating=abc`)", abc))
+    ]
+    return "\n\n".join(
+        [table(["", "held-out accuracy", "steps", "time"], rows), told(result["about"]), told(abc["about"])]
+    )
+
+
+def prose_15m(result: dict[str, Any]) -> str:
+    sources = {"all": result["test"]["total"], **dict(sorted(result["test"]["by_source"].items()))}
+    rows = [
+        [name, f"{s['bits_per_byte']:.3f}", f"{s['perplexity']:.1f}", f"{s['bytes']:,}", str(s["documents"])]
+        for name, s in sources.items()
+    ]
+    last = result["last_evaluation"]
+    return "\n\n".join(
+        [
+            table(["test documents of", "bits per byte", "perplexity per token", "bytes", "documents"], rows),
+            f"Trained on {last['tokens'] / 1e6:.1f} M tokens in {minutes(result['seconds'])} ({last['step']} steps), "
+            f"at most {result['largest_memory_bytes'] / 2**30:.1f} GiB of GPU memory. The operator ran on the backend "
+            "`chunk`, in PyTorch.",
+            told(result["about"]),
+        ]
+    )
+
+
+def op_cpu(result: dict[str, Any]) -> str:
+    def name(record: dict[str, Any]) -> str:
+        s = record["shape"]
+        heads = f"H {s['H']}" if s["HQ"] == s["H"] else f"HQ {s['HQ']}, H {s['H']}"
+        packed = f", {len(s['lengths'])} packed" if s["lengths"] else ""
+        return f"B {s['B']}, T {s['T']}, {heads}{packed}"
+
+    times: dict[str, dict[str, float]] = {}
+    for record in result["results"]:
+        if record["pass"] == "forward + backward":
+            times.setdefault(name(record), {})[record["backend"]] = record["seconds"] * 1e3
+    rows = []
+    for shape, time in times.items():
+        reference = time.get("reference")
+        ratio = f"{reference / time['chunk']:.0f}×" if reference else "–"
+        rows.append([shape, f"{reference:.0f}" if reference else "–", f"{time['chunk']:.1f}", ratio])
+    header = ["K = V = M = 64, float32", "`reference` ms", "`chunk` ms", "faster"]
+    return "\n\n".join([table(header, rows), told(result["about"])])
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    function.__name__: function for function in (demo, mqar_tiny, prose_15m, op_cpu)
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """benchmarks/results/NAME.json."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rendered(text: str) -> str:
+    """A document with its blocks made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{RENDERERS[m[2]](load(m[2]))}\n{m[3]}", text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Rewrite the documents, or with --check exit with 1 if one is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description="figures into the documents")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
+    options = parser.parse_args(arguments)
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            stale.append(name)
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    if options.check and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run python -m benchmarks.render")
+
+
+if __name__ == "__main__":
+    main()
