@@ -10,15 +10,11 @@ Prints a table and writes benchmarks/results/op_cpu.json with device, versions, 
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import flash_gsa
+from benchmarks.about import about
 from flash_gsa import gated_slot_attention
 
 RESULTS = Path(__file__).parent / "results" / "op_cpu.json"
@@ -174,39 +170,6 @@ def measure(shape: Shape, budget: float) -> list[dict]:
     return records
 
 
-def about_this_run() -> dict:
-    """What the figures belong to."""
-    command = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "command": "python -m benchmarks.op_cpu",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": command.stdout.strip() or None,
-        "device": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "flash-gsa": flash_gsa.__version__,
-        },
-    }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def speedups(records: list[dict], name: str) -> dict[str, float]:
     """{shape: how many times faster chunk is than reference} where both were timed."""
     seconds = {(str(as_shape(r)), r["backend"]): r["seconds"] for r in records if r["pass"] == name}
@@ -258,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; one gives the steadiest figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    console, about = Console(), about_this_run()
+    console, about_run = Console(), about("python -m benchmarks.op_cpu")
 
     errors: dict[str, float] = {}
     for shape in SHAPES:
@@ -272,11 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
     for record in records:
         if record["backend"] == "chunk":
             record["error"] = errors[str(as_shape(record))]
-    console.print(table(records, errors, about))
+    console.print(table(records, errors, about_run))
     factor = speedups(records, "forward + backward")[str(TARGET)]
     console.print(f"{TARGET}: chunk is {factor:.1f} times faster, forward + backward (wanted: at least 20)")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(about | {"results": records}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"about": about_run, "results": records}, indent=1) + "\n")
     console.print(f"written: {options.out}")
 
 

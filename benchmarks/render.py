@@ -56,7 +56,12 @@ def demo(result: dict[str, Any]) -> str:
 def mqar_tiny(result: dict[str, Any]) -> str:
     abc = load("mqar_tiny_abc")
     rows = [
-        [name, f"{run['last_evaluation']['accuracy']:.3f}", str(run["last_evaluation"]["step"]), minutes(run["seconds"])]
+        [
+            name,
+            f"{run['last_evaluation']['accuracy']:.3f}",
+            str(run["last_evaluation"]["step"]),
+            minutes(run["seconds"]),
+        ]
         for name, run in (("GSA", result), ("ABC (`model.gating=abc`)", abc))
     ]
     return "\n\n".join(

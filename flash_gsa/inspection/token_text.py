@@ -33,6 +33,8 @@ class IncrementalText:
 
     def finish(self) -> str:
         """What was held back: an unfinished character, as U+FFFD."""
+        if self._done == len(self._ids):
+            return ""
         return self._advance(self._decode(self._context, len(self._ids)))
 
     def _advance(self, text: str) -> str:

@@ -38,3 +38,14 @@ def test_what_stays_unfinished_is_marked():
     tokenizer = load_tokenizer("byte")
     assert token_texts(tokenizer, [97, 0xE6, 0xBC]) == ["a", "", "\ufffd"]
     assert "".join(token_texts(tokenizer, [0xFF, 97, 98])) == "\ufffdab"
+
+
+def test_text_goes_on_after_a_finished_one():
+    tokenizer = load_tokenizer("mistral")
+    prompt = tokenizer("The sea is", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("The sea is a plain", add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] == prompt
+    text = IncrementalText(tokenizer, skip_special_tokens=True)
+    assert "".join(text.push(i) for i in prompt) + text.finish() == "The sea is"
+    # The space is part of the next piece, but a decoder strips it from the start of what it is given.
+    assert "".join(text.push(i) for i in whole[len(prompt) :]) == " a plain"
