@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flash_gsa.errors import UsageError
 from flash_gsa.training.metrics import METRICS_FILE, read_metrics
 
@@ -80,15 +82,13 @@ def _points(axes: "Axes", records: list[dict[str, Any]], name: str, label: str) 
     axes.plot(steps, values, color=_HELD_OUT, marker="o", markersize=3, linewidth=1.5, label=label)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the curve, without a bias at its start."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / 50)
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = keep * total + value
-        weight = keep * weight + 1.0
-        smoothed.append(total / weight)
-    return smoothed
+def _smooth(values: list[float]) -> np.ndarray:
+    """Mean of the values around each one, over about a fiftieth of the curve (less at its ends)."""
+    reach = max(1, len(values) // 100)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    here = np.arange(len(values))
+    low, high = np.maximum(here - reach, 0), np.minimum(here + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def _duration(seconds: float) -> str:

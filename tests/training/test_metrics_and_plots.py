@@ -9,7 +9,7 @@ from rich.console import Console
 from flash_gsa.errors import UsageError
 from flash_gsa.training import events
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
-from flash_gsa.training.plots import plot_loss
+from flash_gsa.training.plots import _smooth, plot_loss
 from flash_gsa.training.progress import ProgressDisplay
 
 
@@ -79,6 +79,12 @@ def test_picture(tmp_path, score):
     write(tmp_path, *records)
     assert plot_loss(tmp_path) == tmp_path / "loss.png"
     assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_moving_average_neither_lags_nor_shrinks():
+    line = [3.0 - 0.01 * n for n in range(250)]
+    assert _smooth(line)[2:-2] == pytest.approx(line[2:-2])
+    assert _smooth([1.0, 3.0]).tolist() == [2.0, 2.0]
 
 
 def test_nothing_to_draw(tmp_path):
