@@ -44,10 +44,9 @@ def chunk_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_se
     H = k.shape[2]
     layout = _Padded(B, T) if cu_seqlens is None else _Packed(cu_seqlens, q.device)
 
-    g = g.to(dtype).clamp(min=FLOOR)
-    s = write_strength(g) if s is None else s.to(dtype)
     rows = layout.cut(q.to(dtype) * scale).unflatten(1, (H, HQ // H))  # [n, H, R, C, K]
-    k, v, g, s = (layout.cut(x.to(dtype)) for x in (k, v, g, s))  # [n, H, C, K | V | M]
+    k, v, g = (layout.cut(x.to(dtype)) for x in (k, v, g.clamp(min=FLOOR)))  # [n, H, C, K | V | M]
+    s = write_strength(g) if s is None else layout.cut(s.to(dtype))
     R, C = rows.shape[2:4]
 
     until = g.cumsum(dim=2)  # G_t
@@ -208,7 +207,8 @@ class _Padded:
         self.waves = [B] * self.chunks
 
     def cut(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, 0, 0, self.chunks * self.C - self.T))
+        if short := self.chunks * self.C - self.T:
+            x = F.pad(x, (0, 0, 0, 0, 0, short))
         return x.unflatten(1, (self.chunks, self.C)).permute(1, 0, 3, 2, 4).flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
