@@ -20,7 +20,7 @@ def to(x: dict, device) -> dict:
     return {name: tensor.to(device) for name, tensor in x.items()}
 
 
-PREFIXES = (1, 2, 15, 16, 17, 33, 63, 64, 65, 100, 127, 128, 129, 190, 199)
+PREFIXES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 190, 199)
 
 
 @pytest.mark.parametrize("strong_prefix", [False, True])

@@ -6,7 +6,7 @@ import torch
 from .helpers import EPS, Case, call, check, make, oracle, rounded, run
 
 CASE = Case(T=132, B=1, HQ=2, H=1, K=6, V=5, M=4)
-PLACES = (0, 20, 63, 64, 100, 127, 131)  # first, middle and last of chunks of 64, and of the sequence
+PLACES = (0, 20, 63, 64, 100, 127, 131)  # first, middle and last of chunks of 32 and 64, and of the sequence
 
 
 def gates(name: str, g: torch.Tensor) -> torch.Tensor:
