@@ -29,8 +29,8 @@ SMALL = {
     "data.train_bytes=20000 evaluation.max_bytes=1000 data.held_out=1000 schedule.minutes=null schedule.steps=2 "
     "schedule.warmup_steps=1",
     "mqar_tiny": "schedule.steps=2 schedule.warmup_steps=1 data.held_out=10",
-    "prose_15m": "tokenizer=byte model.hidden_size=32 model.num_hidden_layers=1 model.intermediate_size=32 batch.rows=1 "
-    "schedule.minutes=null schedule.steps=2 schedule.warmup_steps=1 device=cpu",
+    "prose_15m": "tokenizer=byte model.hidden_size=32 model.num_hidden_layers=1 model.intermediate_size=32 "
+    "batch.rows=1 schedule.minutes=null schedule.steps=2 schedule.warmup_steps=1 device=cpu",
 }
 
 
