@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from flash_gsa.data import DocumentBatch
+from flash_gsa.data import NOT_SCORED, DocumentBatch
 from flash_gsa.errors import UsageError
-from flash_gsa.training.loss import IGNORED, token_losses
+from flash_gsa.models.loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _losses(model: Any, batch: DocumentBatch, cache: Any) -> tuple[torch.Tensor,
 def _scores(batch: DocumentBatch, losses: torch.Tensor) -> Iterable[tuple[str, Score]]:
     assert batch.cu_seqlens is not None
     lengths = batch.cu_seqlens.diff().tolist()
-    scored = batch.targets[0] != IGNORED
+    scored = batch.targets[0] != NOT_SCORED
     parts = zip(losses.split(lengths), scored.split(lengths), strict=True)
     for i, (nats, counted) in enumerate(parts):
         size, documents = int(batch.num_bytes[i]), 0 if batch.continues else 1

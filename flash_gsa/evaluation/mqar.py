@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from flash_gsa.data import Batch
-from flash_gsa.training.loss import IGNORED
+from flash_gsa.data import NOT_SCORED, Batch
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def mqar_accuracy(
     try:
         for batch in batches:
             device = model.lm_head.weight.device
-            at = (batch.targets != IGNORED).to(device)
+            at = (batch.targets != NOT_SCORED).to(device)
             with autocast():
                 hidden = model.model(batch.input_ids.to(device), cu_seqlens=batch.cu_seqlens).last_hidden_state
                 guesses = model.lm_head(hidden[at]).argmax(-1)

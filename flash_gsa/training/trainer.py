@@ -23,6 +23,7 @@ from safetensors.torch import load_model
 from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
+from flash_gsa.models.loss import next_token_loss
 from flash_gsa.training import events
 from flash_gsa.training.checkpoint import (
     Checkpoint,
@@ -35,7 +36,6 @@ from flash_gsa.training.engine import Engine
 from flash_gsa.training.errors import TrainingStopped
 from flash_gsa.training.inputs import Inputs, prepare_inputs
 from flash_gsa.training.interrupts import Interrupts
-from flash_gsa.training.loss import next_token_loss
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
 from flash_gsa.training.model import model_config
 from flash_gsa.training.optimizer import (

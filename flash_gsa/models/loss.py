@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flash_gsa.data.batches import NOT_SCORED as IGNORED
+IGNORED = -100
+"""The target of a position that is not scored."""
 
 PLAIN_LIMIT = 1 << 25
 """Up to so many logits (N·V; 128 MiB of fp32) the whole table is made at once."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flash_gsa.training.loss import next_token_loss, token_losses
+from flash_gsa.models.loss import next_token_loss, token_losses
 
 
 def problem(tokens=37, vocab=50, width=8, dtype=torch.float64, ignored=5):
