@@ -95,6 +95,17 @@ def test_several_turns_after_left_padding(model, ids):
     assert torch.equal(second[1:, 4:], naive(model, prompt[1:, 4:]))
 
 
+@pytest.mark.parametrize("gating", ["gsa", "abc"])
+def test_padding_between_turns(tiny, ids, gating):
+    model = tiny(gating=gating)
+    cache = model(ids[:, :10]).past_key_values
+    mask = torch.ones(2, 15, dtype=torch.int64)
+    mask[1, 10:13] = 0
+    found = model.generate(ids[:, :15], attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(found[:1], naive(model, ids[:1, :15]))
+    assert torch.equal(found[1:, 15:], naive(model, ids[1:, :15][mask[1:].bool()][None])[:, 12:])
+
+
 def test_a_cache_that_has_seen_everything_is_refused(tiny, ids):
     model = tiny()
     cache = model(ids).past_key_values

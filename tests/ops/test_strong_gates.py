@@ -31,7 +31,10 @@ def gates(name: str, g: torch.Tensor) -> torch.Tensor:
 
 
 NAMES = [
-    *(f"all {value}" for value in ("0", "-1e-40", "-1", "-5", "-50", "-1e4", "-1e30", "-3e38", "-inf")),
+    *(
+        f"all {value}"
+        for value in ("0", "-1e-40", "-1e-6", "-1e-3", "-1", "-5", "-50", "-1e4", "-1e30", "-3e38", "-inf")
+    ),
     *(f"alternating {value}" for value in ("-0.9", "-50", "-1e30")),
     *(f"slot {value}" for value in ("0", "-2", "-50", "-3e38")),
     *(f"one-in-a-slot {value}" for value in ("-50", "-1e4", "-1e30", "-inf")),
