@@ -24,8 +24,8 @@ def test_a_run(tmp_path, capsys):
     out = tmp_path / "new" / "figures.json"
     op_cpu.main(["--out", str(out), "--seconds", "0"])
     written = json.loads(out.read_text())
-    assert {"command", "date", "commit", "device", "cores", "threads", "versions"} <= written.keys()
-    assert written["versions"]["torch"] == torch.__version__
+    assert {"command", "date", "commit", "device", "cores", "threads", "versions"} <= written["about"].keys()
+    assert written["about"]["versions"]["torch"] == torch.__version__
     found = {(r["shape"]["T"], r["backend"], r["pass"]) for r in written["results"]}
     assert found == {
         (T, backend, name)
