@@ -14,6 +14,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# CUDA builds of torch bring their Triton; for the interpreter tests any will do, and the CPU build has none.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check 'triton==3.9.0'
 	@touch $@
 
 demo: $(VENV)/.installed   ## train a small GSA language model on Python's standard library, then use it

@@ -10,6 +10,7 @@ Prints a table and writes benchmarks/results/op_cpu.json with device, versions, 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (JSON)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for the repeats of one measurement")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; one gives the steadiest figures")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; all cores unless given")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     console, about_run = Console(), about("python -m benchmarks.op_cpu")

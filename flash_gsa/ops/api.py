@@ -47,8 +47,8 @@ def gated_slot_attention(
             (hk is K̃ transposed.)
         output_final_state: also return the states after the last token.
         cu_seqlens: [S+1] int32 or int64, boundaries of S sequences packed along T, with B = 1: first 0, last T,
-            non-decreasing; equal neighbours are an empty sequence. May stay on the CPU; then no backend waits
-            for the device to read it.
+            non-decreasing; equal neighbours are an empty sequence. May stay on the CPU, where
+            reading it waits for no device.
         backend: "auto", or one of `flash_gsa.ops.backend_names()`.
 
     Returns:
@@ -71,7 +71,7 @@ def gated_slot_attention(
     if B == 0 or T == 0:
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         state = initial_state or empty_state(q, k, v, g, sequences)
-        return q.new_empty(B, T, HQ, v.shape[3]), (state[0], state[1]) if output_final_state else None
+        return q[..., :1].expand(B, T, HQ, v.shape[3]), (state[0], state[1]) if output_final_state else None
     with _own_precision(q):
         return chosen.forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
 

@@ -2,6 +2,7 @@
 
 from . import chunk, reference
 from .registry import register_backend
+from .triton import backend as triton
 
-for module in (reference, chunk):
+for module in (reference, chunk, triton):
     register_backend(module.BACKEND)

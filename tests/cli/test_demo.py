@@ -98,7 +98,8 @@ class Stream:
 
         tokens = [256, 97, 257, 256, 98, 99, 100, 257, 256, 101, 102, 257] * 3
         ids = torch.tensor([tokens[2 * index : 2 * index + 2]])
-        return Batch(ids, ids)
+        begins = [i for i in (1,) if ids[0, i] == 256]
+        return Batch(ids, ids, torch.tensor([0, *begins, 2], dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Triton kernels of the operator; `backend.py` launches them."""

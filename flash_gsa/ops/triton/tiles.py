@@ -1,0 +1,42 @@
+"""Tile sizes, by kernel and by what is computed. One readable table instead of a search at run time.
+
+C: tokens a chunk, the granularity of stored states. BD: width of a slice of K or V.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BD, warps and pipeline stages of one kernel."""
+
+    BD: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """C and the tile of each kernel."""
+
+    C: int
+    states: Tile
+    outputs: Tile
+    queries_backward: Tile
+    states_backward: Tile
+    keys_backward: Tile
+
+
+def choose(dtype: torch.dtype, K: int, V: int, M: int) -> Tiles:
+    """Tiles for heads of width K and V and M slots."""
+    widest = max(16, 1 << (max(K, V) - 1).bit_length())
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and M <= 64:
+        narrow = Tile(min(64, widest), 4, 3)
+        return Tiles(64, Tile(min(64, widest), 4, 3), narrow, narrow, narrow, Tile(min(64, widest), 4, 2))
+    # float32 tiles are twice as large and its exact dots use no tensor cores; many slots are wide tiles too.
+    C = 32 if M > 128 or not half else 64
+    small = Tile(min(32, widest), 8 if M > 64 else 4, 1)
+    return Tiles(C, small, small, small, small, small)
