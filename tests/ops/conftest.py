@@ -1,9 +1,18 @@
 import pytest
+import torch
 
-from flash_gsa.ops import backend_names
+from flash_gsa.ops import Problem, backend_names, explain
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=backend_names())
 def backend(request) -> str:
-    """Every registered backend; `helpers.call` skips what one says it cannot run."""
+    """Every registered backend that runs on a device of this machine; `helpers.call` skips what one cannot run."""
+    reasons = [
+        dict(explain(Problem(B=1, T=8, HQ=1, H=1, K=4, V=4, M=4, dtype=torch.float32, device=device)))[request.param]
+        for device in DEVICES
+    ]
+    if None not in reasons:
+        pytest.skip(f"{request.param}: {reasons[-1]}")
     return request.param
