@@ -1,7 +1,14 @@
 """What every test shares: one thread, a fixed seed, and the devices there are."""
 
+import signal
+
 import pytest
 import torch
+
+# A test run started in the background by a script may have inherited an ignored SIGINT, and would pass that on to the
+# programs whose reaction to Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
