@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, H, C: tl.constexpr, PACKED: tl.constexpr):
-    """Sequence of a chunk, its first token, and the tokens from there to the sequence's end."""
+    """A chunk's first token (its place among all), and how many tokens from there its sequence still has."""
     if PACKED:
         n = tl.load(chunk_sequence + chunk)
         start = tl.load(cu_seqlens + n).to(tl.int64)
