@@ -9,13 +9,18 @@ try:
     import triton
     import triton.language as tl
 
-    from . import backward, forward
+    from . import backward, forward, gates
 except ImportError:  # torch's CPU build brings no Triton
     triton = None
 
 from . import tiles as _tiles
 
+# Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
 RANGE = 60.0
+# Tokens of a block with a reference of its own, where a slot forgets more than e^-RANGE over a chunk.
+SUB = 16
+# Programs that keep every multiprocessor busy; long sequences are cut into segments until there are as many.
+FILLING = 512
 MAX_HEAD, MAX_SLOTS = 512, 256
 
 
@@ -23,8 +28,8 @@ def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot run `problem`, or None."""
     if triton is None:
         return "triton is not installed (pip install triton)"
-    if not _interpreted():
-        return "its kernels run in Triton's interpreter (TRITON_INTERPRET=1) until they are verified on GPUs"
+    if problem.device != "cuda" and not _interpreted():
+        return f"its kernels run on CUDA devices, not on {problem.device!r} (or under TRITON_INTERPRET=1)"
     if problem.dtype == torch.float64:
         return "it has no float64"
     if max(problem.K, problem.V) > MAX_HEAD:
@@ -46,129 +51,201 @@ def triton_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_s
     return o, (hkT.transpose(2, 3), hvT) if output_final_state else None
 
 
+class _Parts:
+    """Sequences cut into stretches of `span` tokens: how many, and for packed sequences which is whose.
+
+    For packed sequences `count` is an upper bound that needs no look at the lengths; surplus programs return at once.
+    An empty sequence has one part if `at_least_one`.
+    """
+
+    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, at_least_one: bool = False):
+        if cu_seqlens is None:
+            self.count = B * triton.cdiv(T, span)
+            self.sequence = self.first = None
+            return
+        sequences = cu_seqlens.numel() - 1
+        self.count = T // span + sequences
+        parts = (cu_seqlens.diff() + span - 1) // span
+        if at_least_one:
+            parts = parts.clamp(min=1)
+        first = torch.zeros(sequences + 1, dtype=torch.int32, device=parts.device)
+        torch.cumsum(parts, 0, out=first[1:])
+        index = torch.arange(self.count, dtype=torch.int32, device=parts.device)
+        self.first = first
+        self.sequence = torch.searchsorted(first[1:], index, right=True, out_int32=True).clamp_(max=sequences - 1)
+
+    def to(self, device: torch.device) -> "_Parts":
+        if self.first is not None:
+            self.first = self.first.to(device, non_blocking=True)
+            self.sequence = self.sequence.to(device, non_blocking=True)
+        return self
+
+
 class _Plan:
-    """How one call is cut: chunks, their sequences, tile sizes, compile-time constants."""
+    """How one call is cut: chunks, segments, tile sizes, compile-time constants."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, cu_seqlens: Tensor | None):
         self.B, self.T, self.HQ, self.K = q.shape
         self.H, self.V, self.M = k.shape[2], v.shape[3], g.shape[3]
+        self.R = self.HQ // self.H
         self.tiles = _tiles.choose(q.dtype, self.K, self.V, self.M)
         C = self.tiles.C
-        if cu_seqlens is None:
-            self.sequences, self.chunks = self.B, self.B * triton.cdiv(self.T, C)
-            self.cu = self.sequence = self.first = None
-        else:
-            self.sequences = cu_seqlens.numel() - 1
-            # An upper bound that needs no look at the lengths; surplus programs return at once.
-            self.chunks = self.T // C + self.sequences
-            count = (cu_seqlens.diff() + C - 1) // C
-            first = torch.zeros(self.sequences + 1, dtype=torch.int32, device=count.device)
-            torch.cumsum(count, 0, out=first[1:])
-            index = torch.arange(self.chunks, dtype=torch.int32, device=count.device)
-            sequence = torch.searchsorted(first[1:], index, right=True, out_int32=True).clamp_(max=self.sequences - 1)
-            self.cu, self.sequence, self.first = (
-                x.to(q.device, torch.int32, non_blocking=True) for x in (cu_seqlens, sequence, first)
-            )
+        self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.chunks = _Parts(self.B, self.T, C, cu_seqlens).to(q.device)
+        slices = self.slices(self.tiles.states)
+        # At least 8 chunks a segment: cutting costs one more pass over the inputs.
+        span = max(8, triton.cdiv(triton.cdiv(self.B * self.T, C) * self.H * slices, FILLING))
+        self.segment_chunks = min(span, triton.cdiv(self.T, C))
+        self.split = self.segment_chunks * C < self.T
+        self.segments = _Parts(self.B, self.T, self.segment_chunks * C, cu_seqlens, at_least_one=True).to(q.device)
+        self.cu = None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int32, non_blocking=True)
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
-        self.constants = {
+        self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+        self.sizes = {
             "H": self.H,
-            "K": self.K,
-            "V": self.V,
             "M": self.M,
             "C": C,
             "BM": max(16, triton.next_power_of_2(self.M)),
             "PACKED": cu_seqlens is not None,
+        }
+        self.widths = {
+            "K": self.K,
+            "V": self.V,
             # float16 has too little range for e^{±G}; its products with gates are done in TF32, of equal precision.
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self.R = self.HQ // self.H
+        self.near = {"SUB": SUB, "RANGE": RANGE, "HAS_S": s is not None}
+
+    def slices(self, tile) -> int:
+        """Programs that share a head's states in a walk."""
+        return triton.cdiv(self.K, tile.BD) + triton.cdiv(self.V, tile.BD)
 
     def states(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both states at every chunk."""
-        return (
-            like.new_empty(self.chunks, self.H, self.M, self.K, dtype=self.state_dtype),
-            like.new_empty(self.chunks, self.H, self.M, self.V, dtype=self.state_dtype),
-        )
+        return self._pair(like, self.chunks.count, self.state_dtype)
 
     def boundary_states(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both states of every sequence, before its first token or after its last: float32."""
-        shape = (self.sequences, self.H, self.M)
+        return self._pair(like, self.sequences, torch.float32)
+
+    def _pair(self, like: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return (
-            like.new_empty(*shape, self.K, dtype=torch.float32),
-            like.new_empty(*shape, self.V, dtype=torch.float32),
+            like.new_empty(count, self.H, self.M, self.K, dtype=dtype),
+            like.new_empty(count, self.H, self.M, self.V, dtype=dtype),
         )
 
-    def launch(self, kernel, tile, grid, *arguments, **constants):
-        slices = triton.cdiv(self.K, tile.BD) + triton.cdiv(self.V, tile.BD)
-        programs = {
-            "slices": (slices, self.sequences * self.H),
-            "queries": (self.chunks * self.HQ,),
-            "keys": (self.chunks * self.H,),
-        }
-        kernel[programs[grid]](
-            *arguments, **self.constants, **constants, BD=tile.BD, num_warps=tile.warps, num_stages=tile.stages
-        )
+    @property
+    def chunk_table(self):
+        """What a kernel over chunks needs to find its tokens."""
+        return self.cu, self.chunks.sequence, self.chunks.first, self.T, self.sequences
+
+    def prepare(self, g: Tensor, s: Tensor | None) -> tuple[Tensor, ...]:
+        """until, shrunk, kept, level, highest: see `gates.prepare`."""
+        shape = g.shape
+        until = g.new_empty(shape, dtype=self.sum_dtype)
+        shrunk, kept = (g.new_empty(shape, dtype=self.state_dtype) for _ in range(2))
+        level = g.new_empty(shape, dtype=torch.int8)
+        highest = g.new_empty(self.chunks.count, self.H, dtype=torch.int32)
+        gates.prepare[(self.chunks.count * self.H,)](
+            g, g if s is None else s, until, shrunk, kept, level, highest, *self.chunk_table,
+            **self.sizes, **self.near, num_warps=4,
+        )  # fmt: skip
+        return until, shrunk, kept, level, highest
+
+    def walk(self, kernel, tile, like: Tensor, arguments, **options) -> None:
+        """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
+        slices = self.slices(tile)
+        grid = (self.segments.count * self.H * slices,)
+        table = (self.cu, self.segments.sequence, self.segments.first, self.chunks.first, self.T, self.sequences)
+        options |= self.sizes | self.widths | {"CHUNKS": self.segment_chunks, "BD": tile.BD}
+        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        local = (None, None, None)
+        if self.split:
+            decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
+            local = (*self._pair(like, self.segments.count, torch.float32), decay)
+            kernel[grid](*arguments, *local, *table, **options, LOCAL=True, SPLIT=False)
+        kernel[grid](*arguments, *local, *table, **options, LOCAL=False, SPLIT=self.split)
+
+    def launch(self, kernel, tile, programs: int, *arguments, **constants) -> None:
+        """Launch a kernel over chunks and heads."""
+        kernel[(self.chunks.count * programs,)](
+            *arguments, *self.chunk_table, **self.sizes, **self.widths, **self.near, **constants,
+            R=self.R, BD=tile.BD, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
+    """(o, (hkT, hvT) or (None, None), what the backward needs): one forward of contiguous tensors."""
+    plan = _Plan(q, k, v, g, s, cu_seqlens)
+    until, shrunk, kept, level, highest = plan.prepare(g, s)
+    hk, hv = plan.states(q)
+    final = plan.boundary_states(q) if want_final else (None, None)
+    plan.walk(
+        forward.states_forward, plan.tiles.states, q, (k, v, kept, until, hk0, hv0, hk, hv, *final),
+        HAS_INITIAL=hk0 is not None, WANT_FINAL=want_final,
+    )  # fmt: skip
+    o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
+    logits = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=torch.float32) if keep else None
+    plan.launch(
+        forward.outputs, plan.tiles.outputs, plan.HQ,
+        q, k, v, g, g if s is None else s, until, shrunk, level, highest, hk, hv, o, logits,
+        scale=scale, KEEP_LOGITS=keep,
+    )  # fmt: skip
+    return o, final, (until, shrunk, kept, level, highest, hk, hv, logits)
+
+
+def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: float):
+    """Gradients of q, k, v, g, s and the initial states."""
+    until, shrunk, kept, level, highest, hk, hv, logits = saved
+    plan = _Plan(q, k, v, g, s, cu_seqlens)
+    strength = g if s is None else s
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    p, dl = (torch.empty_like(logits, dtype=plan.state_dtype) for _ in range(2))
+    dgate = torch.empty_like(logits)
+    dwrite = None if s is None else torch.empty_like(logits)
+    plan.launch(
+        backward.queries_backward, plan.tiles.queries_backward, plan.HQ,
+        q, k, v, g, strength, until, shrunk, level, highest, hk, hv, logits, do, dq, p, dl, dgate, dwrite,
+        scale=scale,
+    )  # fmt: skip
+    dhk, dhv = plan.states(q)
+    parts = plan.slices(plan.tiles.states_backward)
+    passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
+    initial = plan.boundary_states(q) if hk0 is not None else (None, None)
+    plan.walk(
+        backward.states_backward, plan.tiles.states_backward, q,
+        (q, do, until, p, dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
+        HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, scale=scale,
+    )  # fmt: skip
+    dg = dgate if plan.R == 1 else torch.empty_like(g, dtype=torch.float32)
+    ds = dwrite if plan.R == 1 or s is None else torch.empty_like(dg)
+    plan.launch(
+        backward.keys_backward, plan.tiles.keys_backward, plan.H,
+        q, k, v, g, strength, until, shrunk, kept, level, highest, do, p, dl, dgate, dwrite, passed, dhk, dhv,
+        dk, dv, ds, dg, scale=scale, PARTS=parts,
+    )  # fmt: skip
+    return dq, dk, dv, dg.to(g.dtype), None if ds is None else ds.to(s.dtype), *initial
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final):
         q, k, v, g, s, hk0, hv0 = (None if x is None else x.contiguous() for x in (q, k, v, g, s, hk0, hv0))
-        plan = _Plan(q, k, v, g, s, cu_seqlens)
-        hk, hv = plan.states(q)
-        final = plan.boundary_states(q) if want_final else (None, None)
-        plan.launch(
-            forward.states_forward, plan.tiles.states, "slices",
-            k, v, g, s, hk0, hv0, hk, hv, *final, plan.cu, plan.first, plan.T,
-            HAS_S=s is not None, HAS_INITIAL=hk0 is not None, WANT_FINAL=want_final,
-        )  # fmt: skip
-        o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
         keep = any(ctx.needs_input_grad)
-        logits = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=torch.float32) if keep else None
-        plan.launch(
-            forward.outputs, plan.tiles.outputs, "queries",
-            q, k, v, g, s, hk, hv, o, logits, plan.cu, plan.sequence, plan.first, plan.T, plan.sequences, scale,
-            R=plan.R, HAS_S=s is not None, KEEP_LOGITS=keep, RANGE=RANGE,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, g, s, hk0, hk, hv, logits)
-        ctx.plan, ctx.scale = plan, scale
+        o, final, saved = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep)
+        if keep:
+            ctx.save_for_backward(q, k, v, g, s, hk0, cu_seqlens, *saved)
+        ctx.scale = scale
         return o, *final
 
     @staticmethod
     def backward(ctx, do, dhkT, dhvT):
-        q, k, v, g, s, hk0, hk, hv, logits = ctx.saved_tensors
-        plan, scale = ctx.plan, ctx.scale
-        do = do.contiguous()
-        has_final = dhkT is not None
-        if has_final:
-            dhkT, dhvT = dhkT.contiguous(), dhvT.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        p = torch.empty_like(logits, dtype=plan.state_dtype)
-        dl = torch.empty_like(p)
-        dgate = torch.empty_like(logits)
-        plan.launch(
-            backward.queries_backward, plan.tiles.queries_backward, "queries",
-            q, k, v, g, s, hk, hv, logits, do, dq, p, dl, dgate, plan.cu, plan.sequence, plan.first, plan.T,
-            plan.sequences, scale, HAS_S=s is not None, RANGE=RANGE, R=plan.R,
-        )  # fmt: skip
-        dhk, dhv = plan.states(q)
-        want_initial = hk0 is not None
-        initial = plan.boundary_states(q) if want_initial else (None, None)
-        plan.launch(
-            backward.states_backward, plan.tiles.states_backward, "slices",
-            q, do, g, p, dl, dhkT, dhvT, dhk, dhv, *initial, plan.cu, plan.first, plan.T, scale,
-            HAS_FINAL=has_final, WANT_INITIAL=want_initial, R=plan.R,
-        )  # fmt: skip
-        dg = torch.empty_like(g, dtype=torch.float32)
-        ds = None if s is None else torch.empty_like(dg)
-        plan.launch(
-            backward.keys_backward, plan.tiles.keys_backward, "keys",
-            q, k, v, g, s, hk, hv, do, p, dl, dgate, dhk, dhv, dk, dv, ds, dg, plan.cu, plan.sequence, plan.first,
-            plan.T, plan.sequences, scale, HAS_S=s is not None, RANGE=RANGE, R=plan.R,
-        )  # fmt: skip
-        return dq, dk, dv, dg.to(g.dtype), None if ds is None else ds.to(s.dtype), *initial, None, None, None
+        q, k, v, g, s, hk0, cu_seqlens, *saved = ctx.saved_tensors
+        do, dhkT, dhvT = (None if x is None else x.contiguous() for x in (do, dhkT, dhvT))
+        gradients = backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, ctx.scale)
+        return *gradients, None, None, None
 
 
 BACKEND = Backend(name="triton", forward=triton_forward, unsupported=unsupported, priority=20)

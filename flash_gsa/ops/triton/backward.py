@@ -18,274 +18,273 @@ start anew in every chunk.
 import triton
 import triton.language as tl
 
-from .chunks import load_gates, locate
-from .strong_gates import direct_attention, direct_logits, direct_write_gradient
+from .chunks import (
+    causal_products,
+    load_rows,
+    load_write,
+    locate,
+    near_attention,
+    near_attention_transposed,
+    near_logits,
+    near_writes,
+    products,
+    references,
+    store_rows,
+    time_order,
+    write_products,
+)
 
 
 @triton.jit
 def queries_backward(
-    q, k, v, g, s, hk, hv, logits, do, dq, p_out, dl_out, dgate, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
-    scale,
+    q, k, v, g, s, until, shrunk, level, highest, hk, hv, logits, do, dq, p_out, dl_out, dgate, dwrite, cu_seqlens,
+    chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K]; p, dℓ [·, HQ, M] for the kernels after; dgate [·, HQ, M] float32: dℓ ∘ ℓ + p ∘ dp.
+    """dq [·, HQ, K]; p, dℓ [·, HQ, M] for the kernels after; in float32 what a query head adds to the gradients of
+    gates from inside the chunk: dwrite [·, HQ, M] to ds (where s was given), dgate [·, HQ, M] to dg.
 
     Grid: (chunks·H·R,), as in `outputs`.
     """
     program = tl.program_id(0)
     hq = program % (H * R)
-    chunk = program // (H * R)
+    chunk = time_order(program // (H * R), T, sequences, C, PACKED, False)
     h = hq // R
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    token, left = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, H, C, PACKED)
+    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - token, C).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + hq
+    state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    count = references(tl.load(highest + chunk * H + h), C, SUB)
+
+    scores, old = products(
+        do + row_q * V, v + row * V, hv + state * V, left, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION
+    )
+    dp = near_logits(
+        scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
     oc, om = tl.arange(0, C), tl.arange(0, BM)
-    real = oc < left
-    row = (token + oc) * H + h
-    row_q = (token + oc) * (H * R) + hq
-    state = (chunk.to(tl.int64) * H + h) * M
-    slot = om < M
-
-    scores = tl.zeros([C, C], tl.float32)
-    old = tl.zeros([C, BM], tl.float32)
-    for d in range(0, V, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < V
-        dod = tl.load(do + row_q[:, None] * V + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        vd = tl.load(v + row[None, :] * V + od[:, None], mask=real[None, :] & in_d[:, None], other=0.0)
-        hd = tl.load(hv + (state + om[None, :]) * V + od[:, None], mask=slot[None, :] & in_d[:, None], other=0.0)
-        scores = tl.dot(dod, vd, scores, input_precision=PRECISION)
-        old = tl.dot(dod.to(DOT), hd.to(DOT), old, input_precision=PRECISION)
-    causal = oc[:, None] >= oc[None, :]
-    scores = tl.where(causal, scores, 0.0)
-
-    gate, _, write = load_gates(g, s, row, real, (oc < C - 1) & (oc + 1 < left), om, H, M, HAS_S)
-    until = tl.cumsum(gate, axis=0)
-    grown = tl.exp(until)
-    shrunk = (write * tl.exp(tl.minimum(-until, RANGE))).to(DOT)
-    direct = tl.min(until, axis=1) < -RANGE
-    some_direct = tl.min(tl.min(until, axis=1), axis=0) < -RANGE
-    dp = grown * tl.dot(scores.to(DOT), shrunk, old, input_precision=PRECISION)
-    if some_direct:
-        again = grown * old + direct_logits(scores, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-        dp = tl.where(direct[:, None], again, dp)
-
-    at = row_q[:, None] * M + om[None, :]
-    here = real[:, None] & slot[None, :]
+    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
+    slot = (om < M)[None, :]
+    here = (oc < left)[:, None] & slot
     z = tl.load(logits + at, mask=here, other=0.0)
-    zm = tl.where(slot[None, :], z, float("-inf"))
-    p = tl.exp(zm - tl.max(zm, axis=1)[:, None])
+    p = tl.where(slot, z, float("-inf"))
+    p = tl.exp(p - tl.max(p, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
     dl = p * (dp - tl.sum(p * dp, axis=1)[:, None])
     tl.store(p_out + at, p.to(p_out.dtype.element_ty), mask=here)
     tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=here)
-    tl.store(dgate + at, dl * z + p * dp, mask=here)
+    from_queries = tl.where((oc < left)[:, None], dl * z + p * dp, 0.0)
 
-    read = (dl * grown).to(DOT)
-    b = tl.dot(read, tl.trans(shrunk), input_precision=PRECISION)
-    if some_direct:
-        again_b = direct_attention(dl, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-        b = tl.where(direct[:, None], again_b, b)
-    b = tl.where(causal, b, 0.0).to(DOT)
-    for d in range(0, K, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < K
-        kd = tl.load(k + row[:, None] * K + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        hd = tl.load(hk + (state + om[:, None]) * K + od[None, :], mask=slot[:, None] & in_d[None, :], other=0.0)
-        x = tl.dot(read, hd.to(DOT), input_precision=PRECISION)
-        x = tl.dot(b, kd.to(DOT), x, input_precision=PRECISION) * scale
-        tl.store(dq + row_q[:, None] * K + od[None, :], x.to(dq.dtype.element_ty), mask=real[:, None] & in_d[None, :])
+    written = near_writes(
+        tl.zeros([C, BM], tl.float32), scores, p, until + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, DOT, PRECISION,
+    )  # fmt: skip
+    scores = causal_products(q + row_q * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION)
+    written = near_writes(
+        written, scores * scale, dl, until + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, DOT, PRECISION,
+    )  # fmt: skip
+    write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
+    from_gates = tl.cumsum(from_queries - write * written, axis=0, reverse=True)
+    if HAS_S:
+        tl.store(dwrite + at, written, mask=here)
+    else:
+        from_gates -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
+    tl.store(dgate + at, from_gates, mask=here)
+
+    read, near = near_attention(
+        dl, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
+    write_products(
+        near, k + row * K, read, hk + state * K, dq + row_q * K, left, scale,
+        C, H * K, H * R * K, K, BD, M, BM, DOT, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
 def states_backward(
-    q, do, g, p, dl, dhkT, dhvT, dhk, dhv, dhk0, dhv0, cu_seqlens, first_chunk, T, scale,
+    q, do, until, p, dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay, cu_seqlens, segment_sequence,
+    first_segment, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones.
+    """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones;
+    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice.
 
-    Grid: (slices of K and of V, N·H), walking from a sequence's last chunk to its first.
+    The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
+    a sequence's first.
     """
-    part, nh = tl.program_id(0), tl.program_id(1)
-    n, h = nh // H, nh % H
-    if PACKED:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
-        chunk = tl.load(first_chunk + n).to(tl.int64)
-    else:
-        start = n.to(tl.int64) * T
-        end = start + T
-        chunk = n.to(tl.int64) * tl.cdiv(T, C)
-
     KEY_PARTS: tl.constexpr = (K + BD - 1) // BD
+    PARTS: tl.constexpr = KEY_PARTS + (V + BD - 1) // BD
+    program = tl.program_id(0)
+    part, h, segment = program % PARTS, program // PARTS % H, program // PARTS // H
+    if PACKED:
+        if segment >= tl.load(first_segment + sequences):
+            return
+    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, CHUNKS * C, PACKED)
+    if PACKED:
+        chunk = tl.load(first_chunk + n) + index * CHUNKS
+        behind = tl.load(first_segment + n + 1)
+    else:
+        chunk = n * tl.cdiv(T, C) + index * CHUNKS
+        behind = first + tl.cdiv(T, CHUNKS * C)
+    if LOCAL:
+        if index == 0:
+            return
+
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     size = tl.where(part < KEY_PARTS, K, V)
     factor = tl.where(part < KEY_PARTS, scale, 1.0)
     od = tl.where(part < KEY_PARTS, part, part - KEY_PARTS) * BD + tl.arange(0, BD)
-    x, y, final, out, initial = q, dl, dhkT, dhk, dhk0
+    x, y, states, final, out, initial, local = q, dl, hk, dhkT, dhk, dhk0, local_k
     if part >= KEY_PARTS:
-        x, y, final, out, initial = do, p, dhvT, dhv, dhv0
+        x, y, states, final, out, initial, local = do, p, hv, dhvT, dhv, dhv0, local_v
     slot = om < M
     inside = slot[:, None] & (od[None, :] < size)
     at_state = om[:, None] * size + od[None, :]
-    if HAS_FINAL:
-        state = tl.load(final + nh.to(tl.int64) * M * size + at_state, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([BM, BD], tl.float32)
+    one = (M * size).to(tl.int64)
+    state = tl.zeros([BM, BD], tl.float32)
+    if not LOCAL:
+        if HAS_FINAL:
+            state = tl.load(final + (n * H + h) * one + at_state, mask=inside, other=0.0).to(tl.float32)
+        if SPLIT:
+            for i in range(behind - 1 - segment):
+                after = (behind - 1 - i) * H + h
+                gates = tl.load(decay + after.to(tl.int64) * M + om, mask=slot, other=0.0)
+                state = state * tl.exp(gates)[:, None]
+                state += tl.load(local + after * one + at_state, mask=inside, other=0.0)
 
-    steps = tl.cdiv(end - start, C)
+    steps = tl.minimum(tl.cdiv(end - start, C), CHUNKS).to(tl.int32)
+    all_gates = tl.zeros([BM], tl.float32)
     for back in range(steps):
         i = steps - 1 - back
         token = start + i * C
-        tl.store(out + ((chunk + i) * H + h) * M * size + at_state, state.to(out.dtype.element_ty), mask=inside)
-        real = token + oc < end
-        at_gate = ((token + oc) * H + h)[:, None] * M + om[None, :]
-        gate = tl.load(g + at_gate, mask=real[:, None] & slot[None, :], other=0.0).to(tl.float32)
-        grown = tl.exp(tl.cumsum(gate, axis=0))
-        state = state * tl.exp(tl.sum(gate, axis=0))[:, None]
+        left = end - token
+        if not LOCAL:
+            here = (chunk + i) * H + h
+            tl.store(out + here * one + at_state, state.to(out.dtype.element_ty), mask=inside)
+            before = tl.load(states + here * one + at_state, mask=inside, other=0.0).to(tl.float32)
+            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, tl.sum(state * before, axis=1), mask=slot)
+        sums = until + (token * H + h) * M
+        total = tl.load(sums + (tl.minimum(left, C) - 1) * (H * M) + om, mask=slot, other=0.0).to(tl.float32)
+        grown = tl.exp(load_rows(sums, left, 0, C, H * M, M, BM).to(tl.float32)) * factor
+        state = state * tl.exp(total)[:, None]
+        all_gates += total
         for r in range(R):
-            row_q = (token + oc) * (H * R) + h * R + r
-            weight = tl.load(y + row_q[:, None] * M + om[None, :], mask=real[:, None] & slot[None, :], other=0.0)
-            weight = (weight.to(tl.float32) * grown * factor).to(DOT)
-            xd = tl.load(x + row_q[:, None] * size + od[None, :], mask=real[:, None] & (od[None, :] < size), other=0.0)
-            state = tl.dot(tl.trans(weight), xd.to(DOT), state, input_precision=PRECISION)
-    if WANT_INITIAL:
-        tl.store(initial + nh.to(tl.int64) * M * size + at_state, state, mask=inside)
+            row_q = token * (H * R) + h * R + r
+            weight = load_rows(y + row_q * M, left, 0, C, H * R * M, M, BM)
+            weight = (weight.to(tl.float32) * grown).to(DOT)
+            values = tl.load(
+                x + row_q * size + oc[:, None] * (H * R * size) + od[None, :],
+                mask=(oc < left)[:, None] & (od[None, :] < size),
+                other=0.0,
+            )
+            state = tl.dot(tl.trans(weight), values.to(DOT), state, input_precision=PRECISION)
+    if LOCAL:
+        here = segment * H + h
+        tl.store(local + here * one + at_state, state, mask=inside)
+        tl.store(decay + here.to(tl.int64) * M + om, all_gates, mask=om < tl.where(part == 0, M, 0))
+    else:
+        if WANT_INITIAL:
+            tl.store(
+                initial + (n * H + h) * one + at_state, state, mask=inside & (od[None, :] < tl.where(index == 0, size, 0))
+            )
 
 
 @triton.jit
 def keys_backward(
-    q, k, v, g, s, hk, hv, do, p, dl, dgate, dhk, dhv, dk, dv, ds, dg, cu_seqlens, chunk_sequence, first_chunk, T,
-    sequences, scale,
+    q, k, v, g, s, until, shrunk, kept, level, highest, do, p, dl, dgate, dwrite, passed, dhk, dhv, dk, dv, ds, dg,
+    cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [·, H, K], dv [·, H, V], and in float32 ds (where s was given), dg [·, H, M] of one chunk and kv head.
 
-    Grid: (chunks·H,).
+    dg may be the same memory as dgate, and ds as dwrite, where R = 1. Grid: (chunks·H,).
     """
     program = tl.program_id(0)
     h = program % H
-    chunk = program // H
+    chunk = time_order(program // H, T, sequences, C, PACKED, False)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    token, left = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, H, C, PACKED)
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
-    real = oc < left
-    slot = om < M
-    row = (token + oc) * H + h
-    state = (chunk.to(tl.int64) * H + h) * M
-    here = real[:, None] & slot[None, :]
-    causal = oc[:, None] >= oc[None, :]
+    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - token, C).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + h * R
+    state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    count = references(tl.load(highest + chunk * H + h), C, SUB)
 
-    gate, after, write = load_gates(g, s, row, real, (oc < C - 1) & (oc + 1 < left), om, H, M, HAS_S)
-    until = tl.cumsum(gate, axis=0)
-    grown = tl.exp(until)
-    inverse = tl.exp(tl.minimum(-until, RANGE))
-    shrunk = (write * inverse).to(DOT)
-    remaining = tl.exp(tl.cumsum(after, axis=0, reverse=True))
-    kept = (write * remaining).to(DOT)
-    direct = tl.min(until, axis=1) < -RANGE
-    some_direct = tl.min(tl.min(until, axis=1), axis=0) < -RANGE
+    carried = _key_gradients(
+        tl.zeros([C, BM], tl.float32), q + row_q * K, k + row * K, dhk + state * K, dk + row * K, dl + row_q * M, scale,
+        g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
+        K, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
+    carried = _key_gradients(
+        carried, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, p + row_q * M, 1.0,
+        g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
+        V, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
 
-    # ds from inside the chunk, and the sum of dℓ ∘ ℓ + p ∘ dp over the query heads.
-    written = tl.zeros([C, BM], tl.float32)
-    sums = tl.zeros([C, BM], tl.float32)
+    om = tl.arange(0, BM)
+    sums = load_rows(until + gates, left, 0, C, H * M, M, BM)
+    last = tl.load(until + gates + (left - 1) * (H * M) + om, mask=om < M, other=0.0)
+    carried = carried * tl.exp((last[None, :] - sums).to(tl.float32))
+    later = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S) * carried
+    through = tl.zeros([BM], tl.float32)
+    for i in range(PARTS):
+        through += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+    total = tl.cumsum(later, axis=0) - later + (through * tl.exp(last.to(tl.float32)))[None, :]
     for r in range(R):
-        row_q = (token + oc) * (H * R) + h * R + r
-        at = row_q[:, None] * M + om[None, :]
-        pr = tl.load(p + at, mask=here, other=0.0).to(tl.float32)
-        dlr = tl.load(dl + at, mask=here, other=0.0).to(tl.float32)
-        sums += tl.load(dgate + at, mask=here, other=0.0)
-        qk = tl.zeros([C, C], tl.float32)
-        for d in range(0, K, BD):
-            od = d + tl.arange(0, BD)
-            in_d = od < K
-            qd = tl.load(q + row_q[:, None] * K + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-            kd = tl.load(k + row[None, :] * K + od[:, None], mask=real[None, :] & in_d[:, None], other=0.0)
-            qk = tl.dot(qd, kd, qk, input_precision=PRECISION)
-        dov = tl.zeros([C, C], tl.float32)
-        for d in range(0, V, BD):
-            od = d + tl.arange(0, BD)
-            in_d = od < V
-            dod = tl.load(do + row_q[:, None] * V + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-            vd = tl.load(v + row[None, :] * V + od[:, None], mask=real[None, :] & in_d[:, None], other=0.0)
-            dov = tl.dot(dod, vd, dov, input_precision=PRECISION)
-        qk = tl.where(causal, qk * scale, 0.0)
-        dov = tl.where(causal, dov, 0.0)
-        factored_dl, factored_p = dlr * grown, pr * grown
-        if some_direct:
-            factored_dl = tl.where(direct[:, None], 0.0, factored_dl)
-            factored_p = tl.where(direct[:, None], 0.0, factored_p)
-        w = tl.dot(tl.trans(qk.to(DOT)), factored_dl.to(DOT), input_precision=PRECISION)
-        w = tl.dot(tl.trans(dov.to(DOT)), factored_p.to(DOT), w, input_precision=PRECISION)
-        written += w * inverse
-        if some_direct:
-            written += direct_write_gradient(qk, dlr, direct, g, token, left, h, om, H, M, C, BM)
-            written += direct_write_gradient(dov, pr, direct, g, token, left, h, om, H, M, C, BM)
-
-    passed = tl.zeros([BM], tl.float32)
-    carried = tl.zeros([C, BM], tl.float32)
-    for d in range(0, K, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < K
-        in_state = slot[:, None] & in_d[None, :]
-        at_state = (state + om[:, None]) * K + od[None, :]
-        dh = tl.load(dhk + at_state, mask=in_state, other=0.0)
-        h0 = tl.load(hk + at_state, mask=in_state, other=0.0)
-        passed += tl.sum(dh.to(tl.float32) * h0.to(tl.float32), axis=1)
-        kd = tl.load(k + row[:, None] * K + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        carried = tl.dot(kd.to(DOT), tl.trans(dh.to(DOT)), carried, input_precision=PRECISION)
-        x = tl.dot(kept, dh.to(DOT), input_precision=PRECISION)
-        for r in range(R):
-            row_q = (token + oc) * (H * R) + h * R + r
-            dlr = tl.load(dl + row_q[:, None] * M + om[None, :], mask=here, other=0.0).to(tl.float32)
-            b = tl.dot((dlr * grown).to(DOT), tl.trans(shrunk), input_precision=PRECISION)
-            if some_direct:
-                again = direct_attention(dlr, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-                b = tl.where(direct[:, None], again, b)
-            b = tl.where(causal, b * scale, 0.0).to(DOT)
-            qd = tl.load(q + row_q[:, None] * K + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-            x = tl.dot(tl.trans(b), qd.to(DOT), x, input_precision=PRECISION)
-        tl.store(dk + row[:, None] * K + od[None, :], x.to(dk.dtype.element_ty), mask=real[:, None] & in_d[None, :])
-    for d in range(0, V, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < V
-        in_state = slot[:, None] & in_d[None, :]
-        at_state = (state + om[:, None]) * V + od[None, :]
-        dh = tl.load(dhv + at_state, mask=in_state, other=0.0)
-        h0 = tl.load(hv + at_state, mask=in_state, other=0.0)
-        passed += tl.sum(dh.to(tl.float32) * h0.to(tl.float32), axis=1)
-        vd = tl.load(v + row[:, None] * V + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        carried = tl.dot(vd.to(DOT), tl.trans(dh.to(DOT)), carried, input_precision=PRECISION)
-        x = tl.dot(kept, dh.to(DOT), input_precision=PRECISION)
-        for r in range(R):
-            row_q = (token + oc) * (H * R) + h * R + r
-            pr = tl.load(p + row_q[:, None] * M + om[None, :], mask=here, other=0.0).to(tl.float32)
-            a = tl.dot((pr * grown).to(DOT), tl.trans(shrunk), input_precision=PRECISION)
-            if some_direct:
-                again = direct_attention(pr, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-                a = tl.where(direct[:, None], again, a)
-            a = tl.where(causal, a, 0.0).to(DOT)
-            dod = tl.load(do + row_q[:, None] * V + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-            x = tl.dot(tl.trans(a), dod.to(DOT), x, input_precision=PRECISION)
-        tl.store(dv + row[:, None] * V + od[None, :], x.to(dv.dtype.element_ty), mask=real[:, None] & in_d[None, :])
-
-    carried = carried * remaining
-    at = row[:, None] * M + om[None, :]
-    inner = sums - write * written
-    later = write * carried
-    total = tl.cumsum(inner, axis=0, reverse=True) + (tl.cumsum(later, axis=0) - later)
-    total += (passed * tl.exp(tl.sum(gate, axis=0)))[None, :]
+        total += load_rows(dgate + (row_q + r) * M, left, 0, C, H * R * M, M, BM)
     if HAS_S:
-        tl.store(ds + at, written + carried, mask=here)
+        for r in range(R):
+            carried += load_rows(dwrite + (row_q + r) * M, left, 0, C, H * R * M, M, BM)
+        store_rows(ds + gates, carried, left, 0, C, H * M, M, BM)
     else:
-        total -= tl.exp(gate) * (written + carried)
-    tl.store(dg + at, total, mask=here)
+        total -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * carried
+    store_rows(dg + gates, total, left, 0, C, H * M, M, BM)
+
+
+@triton.jit
+def _key_gradients(
+    carried, y, x, dh, dx, weights, factor, g, s, until, shrunk, kept, level, count, left,
+    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One half, (x, y) = (k, q) or (v, do): dx_j = Σ_{t≥j} near_tj y_t + kept_j dh; returns carried + x dhᵀ."""
+    if R == 1:
+        weight = load_rows(weights, left, 0, C, H * M, M, BM).to(tl.float32) * factor
+        near = near_attention_transposed(
+            weight, g, s, until, shrunk, level, count, left, C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
+        )
+    written = load_rows(kept, left, 0, C, H * M, M, BM).to(DOT)
+    for d in range(0, D, BD):
+        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
+        xd = load_rows(x, left, d, C, H * D, D, BD)
+        carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
+        out = tl.dot(written, dhd, input_precision=PRECISION)
+        if R == 1:
+            yd = load_rows(y, left, d, C, H * D, D, BD)
+            out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)
+        else:
+            for r in range(R):
+                weight = load_rows(weights + r * M, left, 0, C, H * R * M, M, BM).to(tl.float32) * factor
+                near = near_attention_transposed(
+                    weight, g, s, until, shrunk, level, count, left, C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
+                )
+                yd = load_rows(y + r * D, left, d, C, H * R * D, D, BD)
+                out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)
+        store_rows(dx, out, left, d, C, H * D, D, BD)
+    return carried

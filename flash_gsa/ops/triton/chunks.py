@@ -1,42 +1,242 @@
-"""What every kernel does first: find its chunk's tokens and load their gates."""
+"""What kernels do with one chunk: find its tokens, load tiles, multiply through the gates.
+
+With G_t = Σ_{i≤t} g_i from the chunk's start, a query at t reads what token j ≤ t wrote with the weight
+s_j e^{G_t - G_j} in every slot. As a product of matrices this needs the two factors e^{G_t - r} and s_j e^{r - G_j}
+for some reference r, and no factor may overflow. Weak gates take r = 0, the chunk's start (level 0). A slot that
+forgets more than e^-RANGE since then takes a reference near t: the first token of its block of SUB (level 1), or
+where even the block forgets too much, the token itself (level 2), with which both factors are at most 1 whatever the
+gates are. `gates.prepare` assigns the level of every token and slot, from tokens up to it only: what comes later
+changes no bit of the result. A chunk pays for the levels that occur in it.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, H, C: tl.constexpr, PACKED: tl.constexpr):
-    """A chunk's first token (its place among all), and how many tokens from there its sequence still has."""
+def locate(part, boundaries, part_sequence, first_part, T, SPAN: tl.constexpr, PACKED: tl.constexpr):
+    """Of the part'th stretch of SPAN tokens (chunk or segment): its sequence, its index there, its first token
+    (the place among all tokens, int64), the sequence's end, and the first part of the sequence."""
     if PACKED:
-        n = tl.load(chunk_sequence + chunk)
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
-        i = chunk - tl.load(first_chunk + n)
+        n = tl.load(part_sequence + part)
+        end = tl.load(boundaries + n + 1).to(tl.int64)
+        first = tl.load(first_part + n)
+        index = part - first
+        token = tl.load(boundaries + n).to(tl.int64) + index.to(tl.int64) * SPAN
     else:
-        chunks = tl.cdiv(T, C)
-        n = chunk // chunks
-        i = chunk % chunks
-        start = n.to(tl.int64) * T
-        end = start + T
-    token = start + i * C
-    return token, end - token
+        parts = tl.cdiv(T, SPAN)
+        n = part // parts
+        first = n * parts
+        index = part % parts
+        token = n.to(tl.int64) * T + index * SPAN
+        end = (n.to(tl.int64) + 1) * T
+    return n, index, token, end, first
 
 
 @triton.jit
-def load_gates(g, s, row, real, next_real, om, H, M, HAS_S: tl.constexpr):
-    """Of one chunk [C, BM] in float32: g, s, and the gate of the next token (0 behind the chunk's last).
+def time_order(i, T, sequences, C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr):
+    """The chunk that comes i'th: sequences in step, from their first chunks to the last, or back if REVERSE.
 
-    Padding, of tokens and of slots, has g = 0 and s = 0: it neither forgets nor writes.
+    A kernel thus begins with what the one before touched last, and finds it in the L2 cache.
     """
-    slot = om < M
-    at = row[:, None] * M + om[None, :]
-    gate = tl.load(g + at, mask=real[:, None] & slot[None, :], other=0.0).to(tl.float32)
-    after = tl.load(g + at + H * M, mask=next_real[:, None] & slot[None, :], other=0.0).to(tl.float32)
-    if HAS_S:
-        write = tl.load(s + at, mask=real[:, None] & slot[None, :], other=0.0).to(tl.float32)
+    if PACKED:
+        if REVERSE:
+            chunk = T // C + sequences - 1 - i
+        else:
+            chunk = i
     else:
-        write = one_minus_exp(gate)
-    return gate, after, write
+        chunks = tl.cdiv(T, C)
+        turn = i // sequences
+        if REVERSE:
+            turn = chunks - 1 - turn
+        chunk = i % sequences * chunks + turn
+    return chunk
+
+
+@triton.jit
+def load_rows(x, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """x[0:ROWS, d:d+BD] of rows STRIDE apart, each D long; 0 from row `left` on and outside of the row."""
+    rows, od = tl.arange(0, ROWS), d + tl.arange(0, BD)
+    at = rows[:, None] * STRIDE + od[None, :]
+    if D % BD == 0:
+        tile = tl.load(x + at, mask=(rows < left)[:, None], other=0.0)
+    else:
+        tile = tl.load(x + at, mask=(rows < left)[:, None] & (od < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The reverse of `load_rows`, in x's dtype."""
+    rows, od = tl.arange(0, ROWS), d + tl.arange(0, BD)
+    at = rows[:, None] * STRIDE + od[None, :]
+    if D % BD == 0:
+        tl.store(x + at, tile.to(x.dtype.element_ty), mask=(rows < left)[:, None])
+    else:
+        tl.store(x + at, tile.to(x.dtype.element_ty), mask=(rows < left)[:, None] & (od < D)[None, :])
+
+
+@triton.jit
+def products(
+    x, y, state, left,
+    C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x yᵀ [C, C] (0 above the diagonal) and x stateᵀ [C, BM] in float32, for x, y [C, D] and state [M, D]."""
+    scores = tl.zeros([C, C], tl.float32)
+    old = tl.zeros([C, BM], tl.float32)
+    for d in range(0, D, BD):
+        xd = load_rows(x, left, d, C, X_STRIDE, D, BD)
+        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
+        hd = load_rows(state, M, d, BM, D, D, BD)
+        scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
+        old = tl.dot(xd.to(DOT), tl.trans(hd.to(DOT)), old, input_precision=PRECISION)
+    oc = tl.arange(0, C)
+    return tl.where(oc[:, None] >= oc[None, :], scores, 0.0), old
+
+
+@triton.jit
+def causal_products(
+    x, y, left,
+    C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x yᵀ [C, C] alone, as in `products`."""
+    scores = tl.zeros([C, C], tl.float32)
+    for d in range(0, D, BD):
+        xd = load_rows(x, left, d, C, X_STRIDE, D, BD)
+        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
+        scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
+    oc = tl.arange(0, C)
+    return tl.where(oc[:, None] >= oc[None, :], scores, 0.0)
+
+
+@triton.jit
+def write_products(
+    near, y, read, state, out, left, factor,
+    C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = factor · (near y + read state), for near [C, C], y [C, D], read [C, BM], state [M, D]."""
+    for d in range(0, D, BD):
+        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
+        hd = load_rows(state, M, d, BM, D, D, BD)
+        x = tl.dot(read, hd.to(DOT), input_precision=PRECISION)
+        x = tl.dot(near, yd.to(DOT), x, input_precision=PRECISION)
+        store_rows(out, x * factor, left, d, C, O_STRIDE, D, BD)
+
+
+@triton.jit
+def _factors(
+    i, until_pointer, until, level, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+):  # fmt: skip
+    """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere."""
+    is_block = i < C // SUB
+    token = tl.where(is_block, i * SUB, i - C // SUB)
+    behind = token + tl.where(is_block, SUB, 1)
+    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    reference = tl.load(until_pointer + token * (H * M) + om, mask=om < tl.where(token < left, M, 0), other=0.0)
+    uses = ((oc >= token) & (oc < behind))[:, None] & (level == tl.where(is_block, 1, 2))
+    grown = tl.where(uses, tl.exp(tl.minimum((until - reference[None, :]).to(tl.float32), 0.0)), 0.0)
+    inverse = tl.exp(tl.minimum((reference[None, :] - until).to(tl.float32), RANGE))
+    return grown, inverse
+
+
+@triton.jit
+def references(highest, C: tl.constexpr, SUB: tl.constexpr):
+    """How many references beside the chunk's start a chunk needs whose highest level is `highest`."""
+    return tl.where(highest > 1, C // SUB + C, tl.where(highest > 0, C // SUB, 0))
+
+
+@triton.jit
+def near_logits(
+    scores, old, g, s, until, shrunk, level, count, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [C, BM] in float32; scores are 0 for j > t."""
+    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    grown = tl.exp(sums.to(tl.float32))
+    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    total = grown * tl.dot(scores.to(DOT), weak, old, input_precision=PRECISION)
+    if count > 0:
+        need = load_rows(level, left, 0, C, H * M, M, BM)
+        write = load_write(g, s, left, C, H, M, BM, HAS_S)
+        total = tl.where(need == 0, total, grown * old)
+        for i in range(count):
+            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+            total += grown * tl.dot(scores.to(DOT), (write * inverse).to(DOT), input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def near_attention(
+    weights, g, s, until, shrunk, level, count, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weights ∘ e^G [C, BM], which reads the state before the chunk, and what reads the chunk's own tokens,
+    Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t [C (t), C (j)]; both in the products' format."""
+    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    read = (weights * tl.exp(sums.to(tl.float32))).to(DOT)
+    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    if count > 0:
+        need = load_rows(level, left, 0, C, H * M, M, BM)
+        write = load_write(g, s, left, C, H, M, BM, HAS_S)
+        total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
+        for i in range(count):
+            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+            far = (weights * grown).to(DOT)
+            total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(read, tl.trans(weak), input_precision=PRECISION)
+    oc = tl.arange(0, C)
+    return read, tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
+
+
+@triton.jit
+def near_attention_transposed(
+    weights, g, s, until, shrunk, level, count, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The second result of `near_attention` as [C (j), C (t)]."""
+    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    read = (weights * tl.exp(sums.to(tl.float32))).to(DOT)
+    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    if count > 0:
+        need = load_rows(level, left, 0, C, H * M, M, BM)
+        write = load_write(g, s, left, C, H, M, BM, HAS_S)
+        total = tl.dot(weak, tl.trans(tl.where(need == 0, read, 0.0)), input_precision=PRECISION)
+        for i in range(count):
+            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+            far = (weights * grown).to(DOT)
+            total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(weak, tl.trans(read), input_precision=PRECISION)
+    oc = tl.arange(0, C)
+    return tl.where(oc[:, None] <= oc[None, :], total, 0.0).to(DOT)
+
+
+@triton.jit
+def near_writes(
+    written, scores, weights, until, level, count, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """written + Σ_{t≥j} scores_tj weights_tm e^{G_tm - G_jm} [C (j), BM]; scores [C (t), C (j)] are 0 for j > t."""
+    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    read = weights * tl.exp(sums.to(tl.float32))
+    inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
+    turned = tl.trans(scores.to(DOT))
+    if count > 0:
+        need = load_rows(level, left, 0, C, H * M, M, BM)
+        read = tl.where(need == 0, read, 0.0)
+        for i in range(count):
+            grown, far = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+            written += far * tl.dot(turned, (weights * grown).to(DOT), input_precision=PRECISION)
+    return written + inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
 
 
 @triton.jit
@@ -44,3 +244,15 @@ def one_minus_exp(g):
     """1 - e^g without cancellation near 0: a series where |g| is small, the difference elsewhere."""
     series = -g * (1.0 + g * (0.5 + g * (1.0 / 6 + g * (1.0 / 24 + g * (1.0 / 120 + g * (1.0 / 720))))))
     return tl.where(g > -0.25, series, 1.0 - tl.exp(g))
+
+
+@triton.jit
+def load_write(
+    g, s, left, C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr
+):  # fmt: skip
+    """Write strengths s [C, BM] in float32, derived as 1 - e^g where none are given; 0 for padding."""
+    if HAS_S:
+        write = load_rows(s, left, 0, C, H * M, M, BM).to(tl.float32)
+    else:
+        write = one_minus_exp(load_rows(g, left, 0, C, H * M, M, BM).to(tl.float32))
+    return write

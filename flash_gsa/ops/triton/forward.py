@@ -1,74 +1,106 @@
 """Forward kernels: states before every chunk, then outputs of every chunk.
 
-`states_forward` walks the chunks of a sequence and writes both states as they are before each of them; `outputs`
+`states_forward` walks the chunks of a segment and writes both states as they are before each of them; `outputs`
 then does pass 1, the softmax and pass 2 of one chunk and query head without leaving the chip. Formulas:
-docs/mechanism.md. Names of sizes: C tokens a chunk, D one slice of K or V, M slots (padded to BM, a power of two).
+docs/mechanism.md. Names of sizes: C tokens a chunk, BD one slice of K or V, M slots (padded to BM, a power of two).
 """
 
 import triton
 import triton.language as tl
 
-from .chunks import load_gates, locate
-from .strong_gates import direct_attention, direct_logits
+from .chunks import load_rows, locate, near_attention, near_logits, products, references, time_order, write_products
 
 
 @triton.jit
 def states_forward(
-    k, v, g, s, hk0, hv0, hk, hv, hkT, hvT, cu_seqlens, first_chunk, T,
+    k, v, kept, until, hk0, hv0, hk, hv, hkT, hvT, local_k, local_v, decay, cu_seqlens, segment_sequence,
+    first_segment, first_chunk, T, sequences,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, HAS_S: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
-    WANT_FINAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
+    LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hk, hv [chunks, H, M, K | V]: both states before each chunk; hkT, hvT [N, H, M, K | V]: after the last.
+    """One slice of one state of one head through one segment, a stretch of CHUNKS chunks.
 
-    Grid: (slices of K and of V, N·H). One program carries one slice of one state of one head through time.
+    LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
+    sum of its gates; of every segment but a sequence's last. Otherwise hk, hv [chunks, H, M, K | V], both states
+    before each chunk, and hkT, hvT [N, H, M, K | V] after the last; with SPLIT from the local states of the segments
+    before. Grid: (segments·H·slices of K and V,).
     """
-    part, nh = tl.program_id(0), tl.program_id(1)
-    n, h = nh // H, nh % H
-    if PACKED:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
-        chunk = tl.load(first_chunk + n).to(tl.int64)
-    else:
-        start = n.to(tl.int64) * T
-        end = start + T
-        chunk = n.to(tl.int64) * tl.cdiv(T, C)
-
     KEY_PARTS: tl.constexpr = (K + BD - 1) // BD
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    PARTS: tl.constexpr = KEY_PARTS + (V + BD - 1) // BD
+    program = tl.program_id(0)
+    part, h, segment = program % PARTS, program // PARTS % H, program // PARTS // H
+    if PACKED:
+        if segment >= tl.load(first_segment + sequences):
+            return
+    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, CHUNKS * C, PACKED)
+    is_last = end - start <= CHUNKS * C
+    if PACKED:
+        chunk = tl.load(first_chunk + n) + index * CHUNKS
+    else:
+        chunk = n * tl.cdiv(T, C) + index * CHUNKS
+    if LOCAL:
+        if is_last:
+            return
+
+    om = tl.arange(0, BM)
     size = tl.where(part < KEY_PARTS, K, V)
     od = tl.where(part < KEY_PARTS, part, part - KEY_PARTS) * BD + tl.arange(0, BD)
-    x, initial, out, final = k, hk0, hk, hkT
+    x, initial, out, final, local = k, hk0, hk, hkT, local_k
     if part >= KEY_PARTS:
-        x, initial, out, final = v, hv0, hv, hvT
+        x, initial, out, final, local = v, hv0, hv, hvT, local_v
     inside = (om[:, None] < M) & (od[None, :] < size)
     at_state = om[:, None] * size + od[None, :]
-    if HAS_INITIAL:
-        state = tl.load(initial + nh.to(tl.int64) * M * size + at_state, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([BM, BD], tl.float32)
+    one = (M * size).to(tl.int64)
+    state = tl.zeros([BM, BD], tl.float32)
+    if not LOCAL:
+        if HAS_INITIAL:
+            state = tl.load(initial + (n * H + h) * one + at_state, mask=inside, other=0.0).to(tl.float32)
+        if SPLIT:
+            for i in range(index):
+                before = (first + i) * H + h
+                gates = tl.load(decay + before.to(tl.int64) * M + om, mask=om < M, other=0.0)
+                state = state * tl.exp(gates)[:, None]
+                state += tl.load(local + before * one + at_state, mask=inside, other=0.0)
 
-    for token in range(start, end, C):
-        tl.store(out + (chunk * H + h) * M * size + at_state, state.to(out.dtype.element_ty), mask=inside)
-        real = token + oc < end
-        row = (token + oc) * H + h
-        gate, after, write = load_gates(g, s, row, real, (oc < C - 1) & (token + oc + 1 < end), om, H, M, HAS_S)
-        remaining = tl.cumsum(after, axis=0, reverse=True)
-        weight = (write * tl.exp(remaining)).to(DOT)
-        values = tl.load(x + row[:, None] * size + od[None, :], mask=real[:, None] & (od[None, :] < size), other=0.0)
-        state = state * tl.exp(tl.sum(gate, axis=0))[:, None]
-        state = tl.dot(tl.trans(weight), values.to(DOT), state, input_precision=PRECISION)
-        chunk += 1
-    if WANT_FINAL:
-        tl.store(final + nh.to(tl.int64) * M * size + at_state, state, mask=inside)
+    oc = tl.arange(0, C)
+    steps = tl.minimum(tl.cdiv(end - start, C), CHUNKS).to(tl.int32)
+    rows = x + (start * H + h) * size
+    weights = kept + (start * H + h) * M
+    sums = until + (start * H + h) * M
+    states = out + (chunk * H + h) * one
+    gates = tl.zeros([BM], tl.float32)
+    for i in range(steps):
+        if not LOCAL:
+            tl.store(states + i * H * one + at_state, state.to(out.dtype.element_ty), mask=inside)
+        left = end - start - i * C
+        total = tl.load(sums + (tl.minimum(left, C) - 1) * (H * M) + om, mask=om < M, other=0.0).to(tl.float32)
+        weight = load_rows(weights, left, 0, C, H * M, M, BM)
+        values = tl.load(
+            rows + oc[:, None] * (H * size) + od[None, :], mask=(oc < left)[:, None] & (od[None, :] < size), other=0.0
+        )
+        state = state * tl.exp(total)[:, None]
+        state = tl.dot(tl.trans(weight.to(DOT)), values.to(DOT), state, input_precision=PRECISION)
+        gates += total
+        rows += C * H * size
+        weights += C * H * M
+        sums += C * H * M
+    if LOCAL:
+        here = segment * H + h
+        tl.store(local + here * one + at_state, state, mask=inside)
+        tl.store(decay + here.to(tl.int64) * M + om, gates, mask=om < tl.where(part == 0, M, 0))
+    else:
+        if WANT_FINAL:
+            tl.store(final + (n * H + h) * one + at_state, state, mask=inside & (od[None, :] < tl.where(is_last, size, 0)))
 
 
 @triton.jit
 def outputs(
-    q, k, v, g, s, hk, hv, o, logits, cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
+    q, k, v, g, s, until, shrunk, level, highest, hk, hv, o, logits, cu_seqlens, chunk_sequence, first_chunk, T,
+    sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr, KEEP_LOGITS: tl.constexpr,
-    RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, KEEP_LOGITS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [·, HQ, V] and, for the backward, logits [·, HQ, M] of one chunk and query head.
 
@@ -76,64 +108,38 @@ def outputs(
     """
     program = tl.program_id(0)
     hq = program % (H * R)
-    chunk = program // (H * R)
+    chunk = time_order(program // (H * R), T, sequences, C, PACKED, True)
     h = hq // R
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    token, left = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, H, C, PACKED)
+    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - token, C).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + hq
+    state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    count = references(tl.load(highest + chunk * H + h), C, SUB)
 
+    scores, old = products(
+        q + row_q * K, k + row * K, hk + state * K, left, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION
+    )
+    z = near_logits(
+        scores * scale, old * scale, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
     oc, om = tl.arange(0, C), tl.arange(0, BM)
-    real = oc < left
-    row = (token + oc) * H + h
-    row_q = (token + oc) * (H * R) + hq
-    state = (chunk.to(tl.int64) * H + h) * M
-    slot = om < M
-
-    scores = tl.zeros([C, C], tl.float32)
-    old = tl.zeros([C, BM], tl.float32)
-    for d in range(0, K, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < K
-        qd = tl.load(q + row_q[:, None] * K + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        kd = tl.load(k + row[None, :] * K + od[:, None], mask=real[None, :] & in_d[:, None], other=0.0)
-        hd = tl.load(hk + (state + om[None, :]) * K + od[:, None], mask=slot[None, :] & in_d[:, None], other=0.0)
-        scores = tl.dot(qd, kd, scores, input_precision=PRECISION)
-        old = tl.dot(qd.to(DOT), hd.to(DOT), old, input_precision=PRECISION)
-    causal = oc[:, None] >= oc[None, :]
-    scores = tl.where(causal, scores * scale, 0.0)
-    old = old * scale
-
-    gate, _, write = load_gates(g, s, row, real, (oc < C - 1) & (oc + 1 < left), om, H, M, HAS_S)
-    until = tl.cumsum(gate, axis=0)
-    grown = tl.exp(until)
-    shrunk = (write * tl.exp(tl.minimum(-until, RANGE))).to(DOT)
-    z = grown * tl.dot(scores.to(DOT), shrunk, old, input_precision=PRECISION)
-    direct = tl.min(until, axis=1) < -RANGE
-    some_direct = tl.min(tl.min(until, axis=1), axis=0) < -RANGE
-    if some_direct:
-        again = grown * old + direct_logits(scores, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-        z = tl.where(direct[:, None], again, z)
-    at_logits = row_q[:, None] * M + om[None, :]
+    slot = (om < M)[None, :]
     if KEEP_LOGITS:
-        tl.store(logits + at_logits, z, mask=real[:, None] & slot[None, :])
-    z = tl.where(slot[None, :], z, float("-inf"))
+        at_logits = logits + row_q * M + oc[:, None] * (H * R * M) + om[None, :]
+        tl.store(at_logits, z, mask=(oc < left)[:, None] & slot)
+    z = tl.where(slot, z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
-
-    read = (p * grown).to(DOT)
-    a = tl.dot(read, tl.trans(shrunk), input_precision=PRECISION)
-    if some_direct:
-        again_a = direct_attention(p, g, s, token, left, h, om, H, M, C, BM, HAS_S)
-        a = tl.where(direct[:, None], again_a, a)
-    a = tl.where(causal, a, 0.0).to(DOT)
-    for d in range(0, V, BD):
-        od = d + tl.arange(0, BD)
-        in_d = od < V
-        vd = tl.load(v + row[:, None] * V + od[None, :], mask=real[:, None] & in_d[None, :], other=0.0)
-        hd = tl.load(hv + (state + om[:, None]) * V + od[None, :], mask=slot[:, None] & in_d[None, :], other=0.0)
-        od_out = tl.dot(read, hd.to(DOT), input_precision=PRECISION)
-        od_out = tl.dot(a, vd.to(DOT), od_out, input_precision=PRECISION)
-        tl.store(
-            o + row_q[:, None] * V + od[None, :], od_out.to(o.dtype.element_ty), mask=real[:, None] & in_d[None, :]
-        )
+    read, near = near_attention(
+        p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    )  # fmt: skip
+    write_products(
+        near, v + row * V, read, hv + state * V, o + row_q * V, left, 1.0,
+        C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,
+    )  # fmt: skip

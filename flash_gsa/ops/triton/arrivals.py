@@ -1,0 +1,91 @@
+"""How programs of one launch wait for each other: a counter a group, and who owns the counters.
+
+The P programs of a group each add PER_MEETING / P to their counter and wait until it has grown by PER_MEETING. A
+counter therefore stands at a multiple of PER_MEETING between launches, whatever P was, and is never reset: the next
+launch, or the next replay of a captured one, goes on from there. It may wrap; only differences are looked at.
+
+Waiting ends only if every program of a group gets onto the chip while others of it wait there. Launchers split a
+group only while the whole grid fits at once, so nothing is assumed about the order in which programs start.
+Beside other kernels that end by themselves it has to wait for room; beside other launches that wait too, programs start
+in the order of their numbers, as on all NVIDIA hardware so far, so that at most one group a launch is waited for.
+
+A launch must own its counters until it ends. Launches of one stream follow each other and share one set. A captured
+launch may be replayed on any stream, beside replays of others, so each gets a set of its own, for good; replays of one
+graph follow each other. Sets come from a store that is zeroed once a device. Where there is none, because the first
+launch of all is being captured, or it is used up, the launch zeroes a set of its own first: right, but a second launch.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The largest P; a power of two, so that counters stay multiples of it when they wrap.
+PER_MEETING = 64
+STORE = 1 << 18  # counters a device (1 MiB)
+A_STREAM = 1024  # counters a stream
+
+
+@triton.jit
+def meet(counter, P: tl.constexpr, PER_MEETING: tl.constexpr):
+    """Wait for the other P - 1 programs of the group; then all that they stored before can be loaded."""
+    # The atomic is done by one thread: the others' stores must lie before it.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(counter, PER_MEETING // P, sem="acq_rel", scope="gpu")
+    goal = (ticket & -PER_MEETING) + PER_MEETING
+    reached = ticket + PER_MEETING // P
+    while reached - goal < 0:
+        reached = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+def counters(groups: int, device: torch.device) -> Tensor:
+    """`groups` int32 counters for one launch on the current stream of `device`, the current device."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    store = _stores.get(device)
+    if store is None and not capturing:
+        store = _stores.setdefault(device, _Store(device))
+    found = None
+    if store is not None:
+        found = store.take(groups) if capturing else store.of_stream(torch.cuda.current_stream().cuda_stream)
+    if found is None or found.numel() < groups:
+        return torch.zeros(groups, dtype=torch.int32, device=device)
+    return found
+
+
+class _Store:
+    """Zeroed counters of one device, handed out once each."""
+
+    def __init__(self, device: torch.device):
+        self._lock = threading.Lock()
+        self._used = 0
+        self._of_stream: dict[int, Tensor | None] = {}
+
+        def zeros() -> Tensor:
+            counters = torch.zeros(STORE, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)
+            return counters
+
+        # What this thread allocates may be going into the memory pool of a graph, to be reused when that graph dies.
+        with ThreadPoolExecutor(1) as other_thread:
+            self._counters = other_thread.submit(zeros).result()
+
+    def of_stream(self, stream: int) -> Tensor | None:
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self.take(A_STREAM)
+        return self._of_stream[stream]
+
+    def take(self, count: int) -> Tensor | None:
+        """The next `count` counters, or None if too few are left."""
+        with self._lock:
+            start, end = self._used, self._used + triton.cdiv(count, 8) * 8  # sets share no sector of 32 bytes
+            if end > STORE:
+                return None
+            self._used = end
+            return self._counters[start:end]
+
+
+_stores: dict[torch.device, _Store] = {}

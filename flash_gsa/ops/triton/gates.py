@@ -1,0 +1,51 @@
+"""From gates to what the other kernels multiply with, once per call."""
+
+import triton
+import triton.language as tl
+
+from .chunks import load_rows, load_write, locate, store_rows
+
+# e^-104 is below the smallest float32: a stronger gate erases no more, and sums of gates keep their digits.
+FLOOR = tl.constexpr(-104.0)
+
+
+@triton.jit
+def prepare(
+    g, s, until, shrunk, kept, level, highest, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
+    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Of every token, head and slot [·, H, M], with G_t = Σ_{i≤t} g_i over its chunk up to t:
+
+        until  = G_t,   shrunk = s_t e^{-G_t} (the exponent cut at RANGE),   kept = s_t e^{G_C - G_t},
+        level  = 0, 1 or 2: the reference its products take (see chunks.py);  highest [chunks, H]: a chunk's largest.
+
+    Sums are in until's dtype (float64 for float32 inputs: differences of them keep float32's digits).
+    Grid: (chunks·H,).
+    """
+    program = tl.program_id(0)
+    h, chunk = program % H, program // H
+    if PACKED:
+        if chunk >= tl.load(first_chunk + sequences):
+            return
+    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - token, C).to(tl.int32)
+    at = (token * H + h) * M
+    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    slot = om < M
+
+    gate = load_rows(g + at, left, 0, C, H * M, M, BM).to(tl.float32)
+    gate = tl.where(gate < FLOOR, FLOOR, gate).to(until.dtype.element_ty)
+    sums = tl.cumsum(gate, axis=0)
+    store_rows(until + at, sums, left, 0, C, H * M, M, BM)
+    tl.debug_barrier()
+    here = (oc < left)[:, None] & slot[None, :]
+    block = tl.load(until + at + (oc // SUB * SUB)[:, None] * (H * M) + om[None, :], mask=here, other=0.0)
+    last = tl.load(until + at + (left - 1) * (H * M) + om, mask=slot, other=0.0)
+
+    write = load_write(g + at, s + at, left, C, H, M, BM, HAS_S)
+    need = tl.where(-sums <= RANGE, 0, tl.where(block - sums <= RANGE, 1, 2))
+    store_rows(shrunk + at, write * tl.exp(tl.minimum(-sums.to(tl.float32), RANGE)), left, 0, C, H * M, M, BM)
+    store_rows(kept + at, write * tl.exp((last[None, :] - sums).to(tl.float32)), left, 0, C, H * M, M, BM)
+    store_rows(level + at, need, left, 0, C, H * M, M, BM)
+    tl.store(highest + chunk * H + h, tl.max(tl.max(tl.where(here, need, 0), axis=1), axis=0))
