@@ -202,13 +202,13 @@ def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: 
     plan = _Plan(q, k, v, g, s, cu_seqlens)
     strength = g if s is None else s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    p, dl = (torch.empty_like(logits, dtype=plan.state_dtype) for _ in range(2))
+    p, dl, read_p, read_dl = (torch.empty_like(logits, dtype=plan.state_dtype) for _ in range(4))
     dgate = torch.empty_like(logits)
     dwrite = None if s is None else torch.empty_like(logits)
     plan.launch(
         backward.queries_backward, plan.tiles.queries_backward, plan.HQ,
-        q, k, v, g, strength, until, shrunk, level, highest, hk, hv, logits, do, dq, p, dl, dgate, dwrite,
-        scale=scale,
+        q, k, v, g, strength, until, shrunk, level, highest, hk, hv, logits, do, dq, p, dl, read_p, read_dl,
+        dgate, dwrite, scale=scale,
     )  # fmt: skip
     dhk, dhv = plan.states(q)
     parts = plan.slices(plan.tiles.states_backward)
@@ -216,15 +216,15 @@ def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: 
     initial = plan.boundary_states(q) if hk0 is not None else (None, None)
     plan.walk(
         backward.states_backward, plan.tiles.states_backward, q,
-        (q, do, until, p, dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
+        (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
         HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, scale=scale,
     )  # fmt: skip
     dg = dgate if plan.R == 1 else torch.empty_like(g, dtype=torch.float32)
     ds = dwrite if plan.R == 1 or s is None else torch.empty_like(dg)
     plan.launch(
         backward.keys_backward, plan.tiles.keys_backward, plan.H,
-        q, k, v, g, strength, until, shrunk, kept, level, highest, do, p, dl, dgate, dwrite, passed, dhk, dhv,
-        dk, dv, ds, dg, scale=scale, PARTS=parts,
+        q, k, v, g, strength, until, shrunk, kept, level, highest, do, p, dl, read_p, read_dl, dgate, dwrite,
+        passed, dhk, dhv, dk, dv, ds, dg, scale=scale, PARTS=parts,
     )  # fmt: skip
     return dq, dk, dv, dg.to(g.dtype), None if ds is None else ds.to(s.dtype), *initial
 

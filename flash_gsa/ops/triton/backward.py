@@ -37,13 +37,14 @@ from .chunks import (
 
 @triton.jit
 def queries_backward(
-    q, k, v, g, s, until, shrunk, level, highest, hk, hv, logits, do, dq, p_out, dl_out, dgate, dwrite, cu_seqlens,
-    chunk_sequence, first_chunk, T, sequences, scale,
+    q, k, v, g, s, until, shrunk, level, highest, hk, hv, logits, do, dq, p_out, dl_out, read_p, read_dl,
+    dgate, dwrite, cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K]; p, dℓ [·, HQ, M] for the kernels after; in float32 what a query head adds to the gradients of
+    """dq [·, HQ, K]; p, dℓ and p ∘ e^G, dℓ ∘ e^G [·, HQ, M] for the kernels after (p only where levels above 0
+    occur); in float32 what a query head adds to the gradients of
     gates from inside the chunk: dwrite [·, HQ, M] to ds (where s was given), dgate [·, HQ, M] to dg.
 
     Grid: (chunks·H·R,), as in `outputs`.
@@ -62,6 +63,11 @@ def queries_backward(
     gates = row * M
     count = references(tl.load(highest + chunk * H + h), C, SUB)
 
+    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
+    slot = (om < M)[None, :]
+    here = (oc < left)[:, None] & slot
+
     scores, old = products(
         do + row_q * V, v + row * V, hv + state * V, left, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION
     )
@@ -69,36 +75,41 @@ def queries_backward(
         scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
         C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
     )  # fmt: skip
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
-    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
-    slot = (om < M)[None, :]
-    here = (oc < left)[:, None] & slot
     z = tl.load(logits + at, mask=here, other=0.0)
     p = tl.where(slot, z, float("-inf"))
     p = tl.exp(p - tl.max(p, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
     dl = p * (dp - tl.sum(p * dp, axis=1)[:, None])
-    tl.store(p_out + at, p.to(p_out.dtype.element_ty), mask=here)
+    tl.store(dgate + at, dl * z + p * dp, mask=here)
+    grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
+    tl.store(read_p + at, (p * grown).to(read_p.dtype.element_ty), mask=here)
+    tl.store(read_dl + at, (dl * grown).to(read_dl.dtype.element_ty), mask=here)
     tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=here)
-    from_queries = tl.where((oc < left)[:, None], dl * z + p * dp, 0.0)
-
+    if count > 0:
+        tl.store(p_out + at, p.to(p_out.dtype.element_ty), mask=here)
     written = near_writes(
         tl.zeros([C, BM], tl.float32), scores, p, until + gates, level + gates, count, left,
         C, H, M, BM, SUB, RANGE, DOT, PRECISION,
     )  # fmt: skip
+
+    # From here on dℓ comes back from memory: held in registers over the loop below it would be spilled there anyway.
+    tl.debug_barrier()
     scores = causal_products(q + row_q * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION)
+    dl = load_rows(dl_out + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
     written = near_writes(
         written, scores * scale, dl, until + gates, level + gates, count, left,
         C, H, M, BM, SUB, RANGE, DOT, PRECISION,
     )  # fmt: skip
     write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
-    from_gates = tl.cumsum(from_queries - write * written, axis=0, reverse=True)
+    from_gates = tl.load(dgate + at, mask=here, other=0.0)
+    from_gates = tl.cumsum(from_gates - write * written, axis=0, reverse=True)
     if HAS_S:
         tl.store(dwrite + at, written, mask=here)
     else:
         from_gates -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
     tl.store(dgate + at, from_gates, mask=here)
 
+    dl = load_rows(dl_out + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
     read, near = near_attention(
         dl, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
         C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
@@ -111,7 +122,7 @@ def queries_backward(
 
 @triton.jit
 def states_backward(
-    q, do, until, p, dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay, cu_seqlens, segment_sequence,
+    q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay, cu_seqlens, segment_sequence,
     first_segment, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
@@ -145,9 +156,9 @@ def states_backward(
     size = tl.where(part < KEY_PARTS, K, V)
     factor = tl.where(part < KEY_PARTS, scale, 1.0)
     od = tl.where(part < KEY_PARTS, part, part - KEY_PARTS) * BD + tl.arange(0, BD)
-    x, y, states, final, out, initial, local = q, dl, hk, dhkT, dhk, dhk0, local_k
+    x, y, states, final, out, initial, local = q, read_dl, hk, dhkT, dhk, dhk0, local_k
     if part >= KEY_PARTS:
-        x, y, states, final, out, initial, local = do, p, hv, dhvT, dhv, dhv0, local_v
+        x, y, states, final, out, initial, local = do, read_p, hv, dhvT, dhv, dhv0, local_v
     slot = om < M
     inside = slot[:, None] & (od[None, :] < size)
     at_state = om[:, None] * size + od[None, :]
@@ -165,6 +176,8 @@ def states_backward(
 
     steps = tl.minimum(tl.cdiv(end - start, C), CHUNKS).to(tl.int32)
     all_gates = tl.zeros([BM], tl.float32)
+    if not LOCAL:
+        before = tl.load(states + ((chunk + steps - 1) * H + h) * one + at_state, mask=inside, other=0.0)
     for back in range(steps):
         i = steps - 1 - back
         token = start + i * C
@@ -172,23 +185,26 @@ def states_backward(
         if not LOCAL:
             here = (chunk + i) * H + h
             tl.store(out + here * one + at_state, state.to(out.dtype.element_ty), mask=inside)
-            before = tl.load(states + here * one + at_state, mask=inside, other=0.0).to(tl.float32)
-            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, tl.sum(state * before, axis=1), mask=slot)
-        sums = until + (token * H + h) * M
-        total = tl.load(sums + (tl.minimum(left, C) - 1) * (H * M) + om, mask=slot, other=0.0).to(tl.float32)
-        grown = tl.exp(load_rows(sums, left, 0, C, H * M, M, BM).to(tl.float32)) * factor
+            product = tl.sum(state * before.to(tl.float32), axis=1)
+            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, product, mask=slot)
+            # The next turn's state, loaded a turn ahead.
+            before = tl.load(
+                states + (here - H) * one + at_state, mask=inside & (od[None, :] < tl.where(i > 0, size, 0)), other=0.0
+            )
+        last = until + ((token + tl.minimum(left, C) - 1) * H + h) * M
+        total = tl.load(last + om, mask=slot, other=0.0).to(tl.float32)
         state = state * tl.exp(total)[:, None]
         all_gates += total
         for r in range(R):
             row_q = token * (H * R) + h * R + r
             weight = load_rows(y + row_q * M, left, 0, C, H * R * M, M, BM)
-            weight = (weight.to(tl.float32) * grown).to(DOT)
             values = tl.load(
                 x + row_q * size + oc[:, None] * (H * R * size) + od[None, :],
                 mask=(oc < left)[:, None] & (od[None, :] < size),
                 other=0.0,
             )
-            state = tl.dot(tl.trans(weight), values.to(DOT), state, input_precision=PRECISION)
+            addition = tl.dot(tl.trans(weight.to(DOT)), values.to(DOT), input_precision=PRECISION)
+            state += addition * factor
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -196,14 +212,16 @@ def states_backward(
     else:
         if WANT_INITIAL:
             tl.store(
-                initial + (n * H + h) * one + at_state, state, mask=inside & (od[None, :] < tl.where(index == 0, size, 0))
+                initial + (n * H + h) * one + at_state,
+                state,
+                mask=inside & (od[None, :] < tl.where(index == 0, size, 0)),
             )
 
 
 @triton.jit
 def keys_backward(
-    q, k, v, g, s, until, shrunk, kept, level, highest, do, p, dl, dgate, dwrite, passed, dhk, dhv, dk, dv, ds, dg,
-    cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
+    q, k, v, g, s, until, shrunk, kept, level, highest, do, p, dl, read_p, read_dl, dgate, dwrite, passed, dhk,
+    dhv, dk, dv, ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
     PACKED: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -226,12 +244,14 @@ def keys_backward(
     count = references(tl.load(highest + chunk * H + h), C, SUB)
 
     carried = _key_gradients(
-        tl.zeros([C, BM], tl.float32), q + row_q * K, k + row * K, dhk + state * K, dk + row * K, dl + row_q * M, scale,
+        tl.zeros([C, BM], tl.float32), q + row_q * K, k + row * K, dhk + state * K, dk + row * K, read_dl + row_q * M,
+        dl + row_q * M, scale,
         g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
         K, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
     )  # fmt: skip
     carried = _key_gradients(
-        carried, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, p + row_q * M, 1.0,
+        carried, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, read_p + row_q * M,
+        p + row_q * M, 1.0,
         g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
         V, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
     )  # fmt: skip
@@ -258,33 +278,33 @@ def keys_backward(
 
 @triton.jit
 def _key_gradients(
-    carried, y, x, dh, dx, weights, factor, g, s, until, shrunk, kept, level, count, left,
+    carried, y, x, dh, dx, read, weights, factor, g, s, until, shrunk, kept, level, count, left,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One half, (x, y) = (k, q) or (v, do): dx_j = Σ_{t≥j} near_tj y_t + kept_j dh; returns carried + x dhᵀ."""
+    """One half, (x, y) = (k, q) or (v, do): dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh; returns carried + x dhᵀ."""
     if R == 1:
-        weight = load_rows(weights, left, 0, C, H * M, M, BM).to(tl.float32) * factor
         near = near_attention_transposed(
-            weight, g, s, until, shrunk, level, count, left, C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
+            read, weights, g, s, until, shrunk, level, count, left, C, H, R, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
         )
     written = load_rows(kept, left, 0, C, H * M, M, BM).to(DOT)
     for d in range(0, D, BD):
         dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
         xd = load_rows(x, left, d, C, H * D, D, BD)
         carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
-        out = tl.dot(written, dhd, input_precision=PRECISION)
         if R == 1:
             yd = load_rows(y, left, d, C, H * D, D, BD)
-            out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)
+            out = tl.dot(near, yd.to(DOT), input_precision=PRECISION)
         else:
+            out = tl.zeros([C, BD], tl.float32)
             for r in range(R):
-                weight = load_rows(weights + r * M, left, 0, C, H * R * M, M, BM).to(tl.float32) * factor
                 near = near_attention_transposed(
-                    weight, g, s, until, shrunk, level, count, left, C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
-                )
+                    read + r * M, weights + r * M, g, s, until, shrunk, level, count, left,
+                    C, H, R, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+                )  # fmt: skip
                 yd = load_rows(y + r * D, left, d, C, H * R * D, D, BD)
                 out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)
+        out = tl.dot(written, dhd, out * factor, input_precision=PRECISION)
         store_rows(dx, out, left, d, C, H * D, D, BD)
     return carried

@@ -197,24 +197,26 @@ def near_attention(
 
 @triton.jit
 def near_attention_transposed(
-    weights, g, s, until, shrunk, level, count, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
-    HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    read, weights, g, s, until, shrunk, level, count, left,
+    C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr,
+    RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The second result of `near_attention` as [C (j), C (t)]."""
-    sums = load_rows(until, left, 0, C, H * M, M, BM)
-    read = (weights * tl.exp(sums.to(tl.float32))).to(DOT)
+    """The second result of `near_attention` as [C (j), C (t)], from the stored first, and where levels above 0 occur
+    from the stored weights."""
+    reading = load_rows(read, left, 0, C, H * R * M, M, BM).to(DOT)
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
     if count > 0:
+        sums = load_rows(until, left, 0, C, H * M, M, BM)
         need = load_rows(level, left, 0, C, H * M, M, BM)
+        weight = load_rows(weights, left, 0, C, H * R * M, M, BM).to(tl.float32)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
-        total = tl.dot(weak, tl.trans(tl.where(need == 0, read, 0.0)), input_precision=PRECISION)
+        total = tl.dot(weak, tl.trans(tl.where(need == 0, reading, 0.0)), input_precision=PRECISION)
         for i in range(count):
             grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
-            far = (weights * grown).to(DOT)
+            far = (weight * grown).to(DOT)
             total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
     else:
-        total = tl.dot(weak, tl.trans(read), input_precision=PRECISION)
+        total = tl.dot(weak, tl.trans(reading), input_precision=PRECISION)
     oc = tl.arange(0, C)
     return tl.where(oc[:, None] <= oc[None, :], total, 0.0).to(DOT)
 

@@ -91,7 +91,9 @@ def states_forward(
         tl.store(decay + here.to(tl.int64) * M + om, gates, mask=om < tl.where(part == 0, M, 0))
     else:
         if WANT_FINAL:
-            tl.store(final + (n * H + h) * one + at_state, state, mask=inside & (od[None, :] < tl.where(is_last, size, 0)))
+            tl.store(
+                final + (n * H + h) * one + at_state, state, mask=inside & (od[None, :] < tl.where(is_last, size, 0))
+            )
 
 
 @triton.jit

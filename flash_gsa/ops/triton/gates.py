@@ -32,20 +32,25 @@ def prepare(
     left = tl.minimum(end - token, C).to(tl.int32)
     at = (token * H + h) * M
     oc, om = tl.arange(0, C), tl.arange(0, BM)
-    slot = om < M
 
     gate = load_rows(g + at, left, 0, C, H * M, M, BM).to(tl.float32)
-    gate = tl.where(gate < FLOOR, FLOOR, gate).to(until.dtype.element_ty)
-    sums = tl.cumsum(gate, axis=0)
-    store_rows(until + at, sums, left, 0, C, H * M, M, BM)
-    tl.debug_barrier()
-    here = (oc < left)[:, None] & slot[None, :]
-    block = tl.load(until + at + (oc // SUB * SUB)[:, None] * (H * M) + om[None, :], mask=here, other=0.0)
-    last = tl.load(until + at + (left - 1) * (H * M) + om, mask=slot, other=0.0)
+    gate = tl.where(gate < FLOOR, FLOOR, gate)
+    # Sums over tokens as products with matrices of ones: faster than scans across threads.
+    row, column = oc[:, None], oc[None, :]
+    inside = (column <= row) & (column // SUB == row // SUB) & (column % SUB > 0)
+    since = tl.dot(inside.to(tl.float32), gate, input_precision="ieee")
+    if until.dtype.element_ty == tl.float64:
+        sums = tl.cumsum(gate.to(tl.float64), axis=0)
+        last = tl.sum(gate.to(tl.float64), axis=0)
+    else:
+        sums = tl.dot((column <= row).to(tl.float32), gate, input_precision="ieee")
+        last = tl.sum(gate, axis=0)
 
     write = load_write(g + at, s + at, left, C, H, M, BM, HAS_S)
-    need = tl.where(-sums <= RANGE, 0, tl.where(block - sums <= RANGE, 1, 2))
+    need = tl.where(-sums <= RANGE, 0, tl.where(-since <= RANGE, 1, 2))
+    need = tl.where((oc < left)[:, None] & (om < M)[None, :], need, 0)
+    store_rows(until + at, sums, left, 0, C, H * M, M, BM)
     store_rows(shrunk + at, write * tl.exp(tl.minimum(-sums.to(tl.float32), RANGE)), left, 0, C, H * M, M, BM)
     store_rows(kept + at, write * tl.exp((last[None, :] - sums).to(tl.float32)), left, 0, C, H * M, M, BM)
     store_rows(level + at, need, left, 0, C, H * M, M, BM)
-    tl.store(highest + chunk * H + h, tl.max(tl.max(tl.where(here, need, 0), axis=1), axis=0))
+    tl.store(highest + chunk * H + h, tl.max(tl.max(need, axis=1), axis=0))

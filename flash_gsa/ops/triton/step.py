@@ -28,94 +28,128 @@ def step(
     q, k, v, g, s, hk, hv, new_hk, new_hv, o, parts, arrived,
     q_b, k_b, v_b, g_b, s_b, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PER_MEETING: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, ROWS: tl.constexpr,
     K_TILES: tl.constexpr, V_TILES: tl.constexpr, STAGES: tl.constexpr, HAS_S: tl.constexpr,
 ):  # fmt: skip
     """A slice of one group; grid (B·H·P,). x_b, x_h, … are strides; a program has K_TILES and V_TILES tiles."""
     program = tl.program_id(0).to(tl.int64)
     group, part = program // P, (program % P).to(tl.int32)
     b, h = group // H, group % H
-    row, om = tl.arange(0, BR), tl.arange(0, BM)
-    slot = om < M
-
-    # Padded slots neither forget nor write.
-    gate = tl.load(g + b * g_b + h * M + om, mask=slot, other=0.0).to(tl.float32)
-    decay = tl.exp(gate)
-    if HAS_S:
-        write = tl.load(s + b * s_b + h * M + om, mask=slot, other=0.0).to(tl.float32)
-    else:
-        write = one_minus_exp(gate)
-
     q += b * q_b + h * R * K
     k += b * k_b + h * K
     v += b * v_b + h * V
     o += group * R * V
-    hk_at, hv_at = b * hk_b + h * hk_h, b * hv_b + h * hv_h
-    first_value = part * V_TILES * BV
-    ahead = values(hv + hv_at, hv_m, hv_v, first_value, om, M, V, BV)
+    hk += b * hk_b + h * hk_h
+    hv += b * hv_b + h * hv_h
+    new_hk += b * hk_b + h * hk_h
+    new_hv += b * hv_b + h * hv_h
+    row, om = tl.arange(0, BR), tl.arange(0, BM)
+
+    ok = part * (K_TILES * BK) + tl.arange(0, BK)
+    keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
+    queries = load_queries(q, 0, ok, K, R, ROWS)
+    ov = part * (V_TILES * BV) + tl.arange(0, BV)
+    values, value = load_tile(hv, hv_v, hv_m, v, ov, om, V, M)
+    # The compiler moves loads down to their use, but not past a barrier: so all these are on their way together.
+    tl.debug_barrier()
+
+    # Padded slots neither forget nor write.
+    gate = tl.load(g + b * g_b + h * M + om, mask=om < M, other=0.0).to(tl.float32)
+    decay = tl.exp(gate)
+    if HAS_S:
+        write = tl.load(s + b * s_b + h * M + om, mask=om < M, other=0.0).to(tl.float32)
+    else:
+        write = one_minus_exp(gate)
 
     logits = tl.zeros((BR, BM), tl.float32)
-    for i in tl.range(0, K_TILES, num_stages=STAGES):
-        ok = (part * K_TILES + i) * BK + tl.arange(0, BK)
-        real = ok < K
-        inside = real[:, None] & slot[None, :]
-        at = hk_at + ok[:, None] * hk_k + om[None, :] * hk_m
-        keys = tl.load(hk + at, mask=inside, other=0.0).to(tl.float32)
-        key = tl.load(k + ok, mask=real, other=0.0).to(tl.float32)
-        queries = ()
-        for r in tl.static_range(R):
-            queries = queries + (tl.load(q + r * K + ok, mask=real, other=0.0).to(tl.float32),)
-        keys = keys * decay[None, :] + key[:, None] * write[None, :]
-        tl.store(new_hk + at, keys.to(new_hk.dtype.element_ty), mask=inside)
-        for r in tl.static_range(R):
-            scores = tl.sum(queries[r][:, None] * keys, axis=0)
-            logits += tl.where(row[:, None] == r, scores[None, :], 0.0)
+    keys = update_tile(keys, key, new_hk, hk_k, hk_m, ok, om, decay, write, K, M)
+    logits = add_scores(logits, keys, queries, q, ok, row, K, R, ROWS)
+    for _ in tl.range(1, K_TILES, num_stages=STAGES):
+        ok += BK
+        keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
+        queries = load_queries(q, 0, ok, K, R, ROWS)
+        keys = update_tile(keys, key, new_hk, hk_k, hk_m, ok, om, decay, write, K, M)
+        logits = add_scores(logits, keys, queries, q, ok, row, K, R, ROWS)
 
     if P > 1:
-        at = row[:, None] * M + om[None, :]
-        inside = (row < R)[:, None] & slot[None, :]
-        tl.store(parts + program * R * M + at, logits, mask=inside)
+        tl.store(parts + program * BR * BM + row[:, None] * BM + om[None, :], logits)
         meet(arrived + group, P, PER_MEETING)
-        logits = tl.zeros((BR, BM), tl.float32)
-        for i in tl.static_range(P):
-            # Past the cache of this processor, which knows nothing of what others wrote.
-            logits += tl.load(parts + (group * P + i) * R * M + at, mask=inside, other=0.0, cache_modifier=".cg")
+        every = tl.arange(0, P)[:, None] * (BR * BM) + tl.arange(0, BR * BM)[None, :]
+        # Past the cache of this processor, which knows nothing of what others wrote.
+        logits = tl.sum(tl.load(parts + group * P * BR * BM + every, cache_modifier=".cg"), axis=0)
+        logits = tl.reshape(logits, (BR, BM))
 
-    logits = tl.where(slot[None, :], logits * scale, float("-inf"))
+    logits = tl.where((om < M)[None, :], logits * scale, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
 
-    write_values(ahead, new_hv + hv_at, hv_m, hv_v, v, o, p, decay, write, first_value, om, row, M, V, R, BV)
-    for i in tl.range(1, V_TILES, num_stages=STAGES):
-        start = first_value + i * BV
-        tile = values(hv + hv_at, hv_m, hv_v, start, om, M, V, BV)
-        write_values(tile, new_hv + hv_at, hv_m, hv_v, v, o, p, decay, write, start, om, row, M, V, R, BV)
+    values = update_tile(values, value, new_hv, hv_v, hv_m, ov, om, decay, write, V, M)
+    write_outputs(o, values, p, ov, row, V, R, ROWS)
+    for _ in tl.range(1, V_TILES, num_stages=STAGES):
+        ov += BV
+        values, value = load_tile(hv, hv_v, hv_m, v, ov, om, V, M)
+        values = update_tile(values, value, new_hv, hv_v, hv_m, ov, om, decay, write, V, M)
+        write_outputs(o, values, p, ov, row, V, R, ROWS)
 
 
 @triton.jit
-def values(hv, hv_m, hv_v, start, om, M: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """A tile of Ṽ [BM, BV], columns from `start`."""
-    ov = start + tl.arange(0, BV)
-    inside = (om < M)[:, None] & (ov < V)[None, :]
-    return tl.load(hv + om[:, None] * hv_m + ov[None, :] * hv_v, mask=inside, other=0.0)
+def load_tile(state, stride_d, stride_m, x, od, om, D: tl.constexpr, M: tl.constexpr):
+    """Of a state, the rows `od` (those < D) of all slots [BD, BM]; and the token's own part of these rows [BD]."""
+    real = od < D
+    inside = real[:, None] & (om < M)[None, :]
+    tile = tl.load(state + od[:, None] * stride_d + om[None, :] * stride_m, mask=inside, other=0.0)
+    return tile, tl.load(x + od, mask=real, other=0.0)
 
 
 @triton.jit
-def write_values(
-    tile, new_hv, hv_m, hv_v, v, o, p, decay, write, start, om, row,
-    M: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Update a tile of Ṽ, store it, and read it with p [BR, BM] into the columns of o from `start`."""
-    ov = start + tl.arange(0, BV)
-    real = ov < V
-    value = tl.load(v + ov, mask=real, other=0.0).to(tl.float32)
-    tile = tile.to(tl.float32) * decay[:, None] + write[:, None] * value[None, :]
-    inside = (om < M)[:, None] & real[None, :]
-    tl.store(new_hv + om[:, None] * hv_m + ov[None, :] * hv_v, tile.to(new_hv.dtype.element_ty), mask=inside)
-    for r in tl.static_range(R):
-        weights = tl.sum(tl.where(row[:, None] == r, p, 0.0), axis=0)
-        read = tl.sum(weights[:, None] * tile, axis=0)
-        tl.store(o + r * V + ov, read.to(o.dtype.element_ty), mask=real)
+def update_tile(tile, x, new, stride_d, stride_m, od, om, decay, write, D: tl.constexpr, M: tl.constexpr):
+    """What `load_tile` read, one token later, stored and returned in float32."""
+    tile = tile.to(tl.float32) * decay[None, :] + x.to(tl.float32)[:, None] * write[None, :]
+    inside = (od < D)[:, None] & (om < M)[None, :]
+    tl.store(new + od[:, None] * stride_d + om[None, :] * stride_m, tile.to(new.dtype.element_ty), mask=inside)
+    return tile
+
+
+@triton.jit
+def load_queries(q, first, ok, K: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr):
+    """The columns `ok` of ROWS query heads from `first`; 0 past the R-th."""
+    queries = ()
+    for r in tl.static_range(ROWS):
+        real = ok < tl.where(first + r < R, K, 0)
+        queries = queries + (tl.load(q + (first + r) * K + ok, mask=real, other=0.0).to(tl.float32),)
+    return queries
+
+
+@triton.jit
+def add_scores(logits, keys, queries, q, ok, row, K: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr):
+    """logits [BR, BM] plus what the rows `ok` of K̃ add to it; `queries` are the first ROWS query heads."""
+    for r in tl.static_range(ROWS):
+        logits += tl.where(row[:, None] == r, tl.sum(queries[r][:, None] * keys, axis=0)[None, :], 0.0)
+    if R > ROWS:
+        for first in range(ROWS, R, ROWS):
+            more = load_queries(q, first, ok, K, R, ROWS)
+            for r in tl.static_range(ROWS):
+                scores = tl.sum(more[r][:, None] * keys, axis=0)
+                logits += tl.where(row[:, None] == first + r, scores[None, :], 0.0)
+    return logits
+
+
+@triton.jit
+def write_outputs(o, values, p, ov, row, V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr):
+    """The columns `ov` of Ṽᵀ p, for each row of p [BR, BM]."""
+    if R <= ROWS:
+        for r in tl.static_range(R):
+            write_output(o + r * V + ov, values, p, row == r, ov < V)
+    else:
+        for r in range(R):
+            write_output(o + r * V + ov, values, p, row == r, ov < V)
+
+
+@triton.jit
+def write_output(o, values, p, mine, real):
+    weights = tl.sum(tl.where(mine[:, None], p, 0.0), axis=0)
+    read = tl.sum(values * weights[None, :], axis=1)
+    tl.store(o, read.to(o.dtype.element_ty), mask=real)
 
 
 @dataclass(frozen=True)
@@ -170,7 +204,7 @@ def triton_step(q, k, v, g, s, state: State, scale: float, in_place: bool = Fals
             q, k, v, g, s, hk, hv, *new, o, parts, counters(groups, q.device) if P > 1 else None,
             *(x.stride(0) for x in (q, k, v, g)), 0 if s is None else s.stride(0), *hk.stride(), *hv.stride(),
             float(scale), H, K=K, V=V, M=M, R=R, P=P, PER_MEETING=PER_MEETING,
-            BK=BK, BV=BV, BM=BM, BR=triton.next_power_of_2(R), K_TILES=K_TILES, V_TILES=V_TILES,
+            BK=BK, BV=BV, BM=BM, BR=triton.next_power_of_2(R), ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES,
             STAGES=split.stages, HAS_S=s is not None, num_warps=split.warps,
         )  # fmt: skip
     return o, new
