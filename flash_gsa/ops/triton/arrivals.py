@@ -30,15 +30,23 @@ A_STREAM = 1024  # counters a stream
 
 
 @triton.jit
-def meet(counter, P: tl.constexpr, PER_MEETING: tl.constexpr):
-    """Wait for the other P - 1 programs of the group; then all that they stored before can be loaded."""
-    # The atomic is done by one thread: the others' stores must lie before it.
+def arrive(counter, P: tl.constexpr, PER_MEETING: tl.constexpr):
+    """Tell the other P - 1 programs of the group that what this one stored until here can be loaded.
+
+    Returns what the counter will have reached when all have said so.
+    """
+    # One thread counts for all: the stores of the others must lie before that.
     tl.debug_barrier()
-    ticket = tl.atomic_add(counter, PER_MEETING // P, sem="acq_rel", scope="gpu")
-    goal = (ticket & -PER_MEETING) + PER_MEETING
-    reached = ticket + PER_MEETING // P
-    while reached - goal < 0:
-        reached = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    before = tl.atomic_add(counter, PER_MEETING // P, sem="acq_rel", scope="gpu")
+    return (before & -PER_MEETING) + PER_MEETING
+
+
+@triton.jit
+def wait(counter, goal):
+    """Wait until the counter has reached `goal`; then what the group stored before it arrived can be loaded."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") - goal < 0:
+        pass
+    # One thread has seen it: the loads of the others must lie after that.
     tl.debug_barrier()
 
 

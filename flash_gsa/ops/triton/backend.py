@@ -203,12 +203,14 @@ def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: 
     strength = g if s is None else s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     p, dl, read_p, read_dl = (torch.empty_like(logits, dtype=plan.state_dtype) for _ in range(4))
-    dgate = torch.empty_like(logits)
-    dwrite = None if s is None else torch.empty_like(logits)
+    dgate, dwrite = (torch.empty_like(logits) for _ in range(2))
+    plan.launch(
+        backward.values_backward, plan.tiles.values_backward, plan.HQ,
+        v, g, strength, until, shrunk, level, highest, hv, logits, do, p, dl, read_p, read_dl, dgate, dwrite,
+    )  # fmt: skip
     plan.launch(
         backward.queries_backward, plan.tiles.queries_backward, plan.HQ,
-        q, k, v, g, strength, until, shrunk, level, highest, hk, hv, logits, do, dq, p, dl, read_p, read_dl,
-        dgate, dwrite, scale=scale,
+        q, k, g, strength, until, shrunk, level, highest, hk, dl, read_dl, dq, dgate, dwrite, scale=scale,
     )  # fmt: skip
     dhk, dhv = plan.states(q)
     parts = plan.slices(plan.tiles.states_backward)
@@ -220,7 +222,7 @@ def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: 
         HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, scale=scale,
     )  # fmt: skip
     dg = dgate if plan.R == 1 else torch.empty_like(g, dtype=torch.float32)
-    ds = dwrite if plan.R == 1 or s is None else torch.empty_like(dg)
+    ds = None if s is None else dwrite if plan.R == 1 else torch.empty_like(dg)
     plan.launch(
         backward.keys_backward, plan.tiles.keys_backward, plan.H,
         q, k, v, g, strength, until, shrunk, kept, level, highest, do, p, dl, read_p, read_dl, dgate, dwrite,

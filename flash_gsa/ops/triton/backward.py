@@ -24,6 +24,7 @@ from .chunks import (
     load_write,
     locate,
     near_attention,
+    near_attention_any,
     near_attention_transposed,
     near_logits,
     near_writes,
@@ -36,16 +37,15 @@ from .chunks import (
 
 
 @triton.jit
-def queries_backward(
-    q, k, v, g, s, until, shrunk, level, highest, hk, hv, logits, do, dq, p_out, dl_out, read_p, read_dl,
-    dgate, dwrite, cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
+def values_backward(
+    v, g, s, until, shrunk, level, highest, hv, logits, do, p_out, dl_out, read_p, read_dl, dgate, dwrite, cu_seqlens,
+    chunk_sequence, first_chunk, T, sequences,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K]; p, dℓ and p ∘ e^G, dℓ ∘ e^G [·, HQ, M] for the kernels after (p only where levels above 0
-    occur); in float32 what a query head adds to the gradients of
-    gates from inside the chunk: dwrite [·, HQ, M] to ds (where s was given), dgate [·, HQ, M] to dg.
+    """p, dℓ and p ∘ e^G, dℓ ∘ e^G [·, HQ, M] for the kernels after (the first two are read only where levels above 0
+    occur), and of one query head in float32 [·, HQ, M]: dgate, dℓ ∘ ℓ + p ∘ dp; dwrite, its part in ds by do and v.
 
     Grid: (chunks·H·R,), as in `outputs`.
     """
@@ -62,7 +62,6 @@ def queries_backward(
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
     count = references(tl.load(highest + chunk * H + h), C, SUB)
-
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
     slot = (om < M)[None, :]
@@ -84,36 +83,72 @@ def queries_backward(
     grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
     tl.store(read_p + at, (p * grown).to(read_p.dtype.element_ty), mask=here)
     tl.store(read_dl + at, (dl * grown).to(read_dl.dtype.element_ty), mask=here)
-    tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=here)
     if count > 0:
         tl.store(p_out + at, p.to(p_out.dtype.element_ty), mask=here)
-    written = near_writes(
-        tl.zeros([C, BM], tl.float32), scores, p, until + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, DOT, PRECISION,
-    )  # fmt: skip
+        tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=here)
+    written = near_writes(scores, p, until + gates, level + gates, count, left, C, H, M, BM, SUB, RANGE, DOT, PRECISION)
+    tl.store(dwrite + at, written, mask=here)
 
-    # From here on dℓ comes back from memory: held in registers over the loop below it would be spilled there anyway.
-    tl.debug_barrier()
-    scores = causal_products(q + row_q * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION)
-    dl = load_rows(dl_out + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
-    written = near_writes(
-        written, scores * scale, dl, until + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, DOT, PRECISION,
-    )  # fmt: skip
+
+@triton.jit
+def queries_backward(
+    q, k, g, s, until, shrunk, level, highest, hk, dl, read_dl, dq, dgate, dwrite, cu_seqlens, chunk_sequence,
+    first_chunk, T, sequences, scale,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [·, HQ, K]; and what the query head adds to ds and dg from inside the chunk, in dwrite and dgate.
+
+    Grid: (chunks·H·R,), as in `outputs`.
+    """
+    program = tl.program_id(0)
+    hq = program % (H * R)
+    chunk = time_order(program // (H * R), T, sequences, C, PACKED, True)
+    h = hq // R
+    if PACKED:
+        if chunk >= tl.load(first_chunk + sequences):
+            return
+    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - token, C).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + hq
+    state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    count = references(tl.load(highest + chunk * H + h), C, SUB)
+    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
+    slot = (om < M)[None, :]
+    here = (oc < left)[:, None] & slot
+
+    scores = causal_products(q + row_q * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION) * scale
+    if count > 0:
+        weight = load_rows(dl + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
+        written = near_writes(
+            scores, weight, until + gates, level + gates, count, left, C, H, M, BM, SUB, RANGE, DOT, PRECISION
+        )
+    else:
+        read = load_rows(read_dl + row_q * M, left, 0, C, H * R * M, M, BM).to(DOT)
+        sums = load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32)
+        written = tl.exp(-sums) * tl.dot(tl.trans(scores.to(DOT)), read, input_precision=PRECISION)
+    written += tl.load(dwrite + at, mask=here, other=0.0)
     write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
-    from_gates = tl.load(dgate + at, mask=here, other=0.0)
-    from_gates = tl.cumsum(from_gates - write * written, axis=0, reverse=True)
+    from_gates = tl.load(dgate + at, mask=here, other=0.0) - write * written
+    from_gates = tl.cumsum(from_gates, axis=0, reverse=True)
     if HAS_S:
         tl.store(dwrite + at, written, mask=here)
     else:
         from_gates -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
     tl.store(dgate + at, from_gates, mask=here)
 
-    dl = load_rows(dl_out + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
-    read, near = near_attention(
-        dl, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
+    read = load_rows(read_dl + row_q * M, left, 0, C, H * R * M, M, BM).to(DOT)
+    if count > 0:
+        weight = load_rows(dl + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
+        near = near_attention_any(
+            read, weight, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+            C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
     write_products(
         near, k + row * K, read, hk + state * K, dq + row_q * K, left, scale,
         C, H * K, H * R * K, K, BD, M, BM, DOT, PRECISION,

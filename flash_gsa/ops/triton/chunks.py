@@ -172,27 +172,35 @@ def near_logits(
 
 @triton.jit
 def near_attention(
-    weights, g, s, until, shrunk, level, count, left,
+    read, shrunk, left, C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t, [C (t), C (j)] in the products' format, of a chunk where all is
+    at level 0; read = weights ∘ e^G [C, BM]."""
+    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    oc = tl.arange(0, C)
+    total = tl.dot(read, tl.trans(weak), input_precision=PRECISION)
+    return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
+
+
+@triton.jit
+def near_attention_any(
+    read, weights, g, s, until, shrunk, level, count, left,
     C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weights ∘ e^G [C, BM], which reads the state before the chunk, and what reads the chunk's own tokens,
-    Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t [C (t), C (j)]; both in the products' format."""
-    sums = load_rows(until, left, 0, C, H * M, M, BM)
-    read = (weights * tl.exp(sums.to(tl.float32))).to(DOT)
+    """`near_attention` of a chunk with any levels."""
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
-    if count > 0:
-        need = load_rows(level, left, 0, C, H * M, M, BM)
-        write = load_write(g, s, left, C, H, M, BM, HAS_S)
-        total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
-        for i in range(count):
-            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
-            far = (weights * grown).to(DOT)
-            total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
-    else:
-        total = tl.dot(read, tl.trans(weak), input_precision=PRECISION)
+    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    need = load_rows(level, left, 0, C, H * M, M, BM)
+    write = load_write(g, s, left, C, H, M, BM, HAS_S)
+    total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
+    for i in range(count):
+        grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+        far = (weights * grown).to(DOT)
+        total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
     oc = tl.arange(0, C)
-    return read, tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
+    return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
 
 
 @triton.jit
@@ -201,8 +209,7 @@ def near_attention_transposed(
     C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr,
     RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The second result of `near_attention` as [C (j), C (t)], from the stored first, and where levels above 0 occur
-    from the stored weights."""
+    """`near_attention` as [C (j), C (t)]; here read too lies in memory."""
     reading = load_rows(read, left, 0, C, H * R * M, M, BM).to(DOT)
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
     if count > 0:
@@ -223,11 +230,11 @@ def near_attention_transposed(
 
 @triton.jit
 def near_writes(
-    written, scores, weights, until, level, count, left,
+    scores, weights, until, level, count, left,
     C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """written + Σ_{t≥j} scores_tj weights_tm e^{G_tm - G_jm} [C (j), BM]; scores [C (t), C (j)] are 0 for j > t."""
+    """Σ_{t≥j} scores_tj weights_tm e^{G_tm - G_jm} [C (j), BM]; scores [C (t), C (j)] are 0 for j > t."""
     sums = load_rows(until, left, 0, C, H * M, M, BM)
     read = weights * tl.exp(sums.to(tl.float32))
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
@@ -235,10 +242,13 @@ def near_writes(
     if count > 0:
         need = load_rows(level, left, 0, C, H * M, M, BM)
         read = tl.where(need == 0, read, 0.0)
+        written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
         for i in range(count):
             grown, far = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
             written += far * tl.dot(turned, (weights * grown).to(DOT), input_precision=PRECISION)
-    return written + inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
+    else:
+        written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
+    return written
 
 
 @triton.jit

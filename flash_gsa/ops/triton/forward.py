@@ -8,7 +8,17 @@ docs/mechanism.md. Names of sizes: C tokens a chunk, BD one slice of K or V, M s
 import triton
 import triton.language as tl
 
-from .chunks import load_rows, locate, near_attention, near_logits, products, references, time_order, write_products
+from .chunks import (
+    load_rows,
+    locate,
+    near_attention,
+    near_attention_any,
+    near_logits,
+    products,
+    references,
+    time_order,
+    write_products,
+)
 
 
 @triton.jit
@@ -137,10 +147,15 @@ def outputs(
     z = tl.where(slot, z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
-    read, near = near_attention(
-        p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
+    grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
+    read = (p * grown).to(DOT)
+    if count > 0:
+        near = near_attention_any(
+            read, p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
+            C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
     write_products(
         near, v + row * V, read, hv + state * V, o + row_q * V, left, 1.0,
         C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import State
-from .arrivals import PER_MEETING, counters, meet
+from .arrivals import PER_MEETING, arrive, counters, wait
 from .chunks import one_minus_exp
 
 
@@ -73,17 +73,18 @@ def step(
 
     if P > 1:
         tl.store(parts + program * BR * BM + row[:, None] * BM + om[None, :], logits)
-        meet(arrived + group, P, PER_MEETING)
-        every = tl.arange(0, P)[:, None] * (BR * BM) + tl.arange(0, BR * BM)[None, :]
+        goal = arrive(arrived + group, P, PER_MEETING)
+    values = update_tile(values, value, new_hv, hv_v, hv_m, ov, om, decay, write, V, M)
+    if P > 1:
+        wait(arrived + group, goal)
+        every = (tl.arange(0, P)[:, None, None] * BR + row[None, :, None]) * BM + om[None, None, :]
         # Past the cache of this processor, which knows nothing of what others wrote.
         logits = tl.sum(tl.load(parts + group * P * BR * BM + every, cache_modifier=".cg"), axis=0)
-        logits = tl.reshape(logits, (BR, BM))
 
     logits = tl.where((om < M)[None, :], logits * scale, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
 
-    values = update_tile(values, value, new_hv, hv_v, hv_m, ov, om, decay, write, V, M)
     write_outputs(o, values, p, ov, row, V, R, ROWS)
     for _ in tl.range(1, V_TILES, num_stages=STAGES):
         ov += BV
