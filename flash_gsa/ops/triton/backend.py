@@ -10,15 +10,14 @@ try:
     import triton.language as tl
 
     from . import backward, forward, gates
+    from .step import triton_step
 except ImportError:  # torch's CPU build brings no Triton
-    triton = None
+    triton = triton_step = None
 
 from . import tiles as _tiles
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
 RANGE = 60.0
-# Tokens of a block with a reference of its own, where a slot forgets more than e^-RANGE over a chunk.
-SUB = 16
 # Programs that keep every multiprocessor busy; long sequences are cut into segments until there are as many.
 FILLING = 512
 MAX_HEAD, MAX_SLOTS = 512, 256
@@ -82,10 +81,15 @@ class _Parts:
 
 
 class _Plan:
-    """How one call is cut: chunks, segments, tile sizes, compile-time constants."""
+    """How one call is cut: chunks, segments, tile sizes, compile-time constants.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, cu_seqlens: Tensor | None):
-        self.B, self.T, self.HQ, self.K = q.shape
+    `linear`: gated linear attention, which is the second pass alone: q takes the place of p and k that of s, over
+    M = K slots, so that there are no keys left: K = 0.
+    """
+
+    def __init__(self, q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False):
+        self.B, self.T, self.HQ, K = q.shape
+        self.K = 0 if linear else K
         self.H, self.V, self.M = k.shape[2], v.shape[3], g.shape[3]
         self.R = self.HQ // self.H
         self.tiles = _tiles.choose(q.dtype, self.K, self.V, self.M)
@@ -116,7 +120,8 @@ class _Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self.near = {"SUB": SUB, "RANGE": RANGE, "HAS_S": s is not None}
+        self.near = {"RANGE": RANGE, "HAS_S": has_s}
+        self.linear = {"LINEAR": linear}
 
     def slices(self, tile) -> int:
         """Programs that share a head's states in a walk."""
@@ -142,17 +147,17 @@ class _Plan:
         return self.cu, self.chunks.sequence, self.chunks.first, self.T, self.sequences
 
     def prepare(self, g: Tensor, s: Tensor | None) -> tuple[Tensor, ...]:
-        """until, shrunk, kept, level, highest: see `gates.prepare`."""
+        """until, shrunk, kept, level, levels: see `gates.prepare`."""
         shape = g.shape
         until = g.new_empty(shape, dtype=self.sum_dtype)
         shrunk, kept = (g.new_empty(shape, dtype=self.state_dtype) for _ in range(2))
         level = g.new_empty(shape, dtype=torch.int8)
-        highest = g.new_empty(self.chunks.count, self.H, dtype=torch.int32)
+        levels = g.new_empty(self.chunks.count, self.H, dtype=torch.int32)
         gates.prepare[(self.chunks.count * self.H,)](
-            g, g if s is None else s, until, shrunk, kept, level, highest, *self.chunk_table,
-            **self.sizes, **self.near, num_warps=4,
+            g, g if s is None else s, until, shrunk, kept, level, levels, *self.chunk_table,
+            **self.sizes, **self.near, num_warps=max(1, self.sizes["BM"] // 64),
         )  # fmt: skip
-        return until, shrunk, kept, level, highest
+        return until, shrunk, kept, level, levels
 
     def walk(self, kernel, tile, like: Tensor, arguments, **options) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
@@ -178,8 +183,9 @@ class _Plan:
 
 def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
     """(o, (hkT, hvT) or (None, None), what the backward needs): one forward of contiguous tensors."""
-    plan = _Plan(q, k, v, g, s, cu_seqlens)
-    until, shrunk, kept, level, highest = plan.prepare(g, s)
+    plan = _Plan(q, k, v, g, s is not None, cu_seqlens)
+    strength = g if s is None else s
+    until, shrunk, kept, level, levels = plan.prepare(g, strength)
     hk, hv = plan.states(q)
     final = plan.boundary_states(q) if want_final else (None, None)
     plan.walk(
@@ -187,30 +193,32 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
         HAS_INITIAL=hk0 is not None, WANT_FINAL=want_final,
     )  # fmt: skip
     o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
-    logits = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=torch.float32) if keep else None
+    p = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=plan.state_dtype) if keep else None
+    lse = q.new_empty(plan.B, plan.T, plan.HQ, dtype=torch.float32) if keep else None
     plan.launch(
         forward.outputs, plan.tiles.outputs, plan.HQ,
-        q, k, v, g, g if s is None else s, until, shrunk, level, highest, hk, hv, o, logits,
-        scale=scale, KEEP_LOGITS=keep,
+        q, k, v, g, strength, until, shrunk, level, levels, hk, hv, o, p, lse, scale=scale, KEEP=keep, **plan.linear,
     )  # fmt: skip
-    return o, final, (until, shrunk, kept, level, highest, hk, hv, logits)
+    return o, final, (until, shrunk, kept, level, levels, hk, hv, p, lse)
 
 
 def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: float):
     """Gradients of q, k, v, g, s and the initial states."""
-    until, shrunk, kept, level, highest, hk, hv, logits = saved
-    plan = _Plan(q, k, v, g, s, cu_seqlens)
+    until, shrunk, kept, level, levels, hk, hv, p, lse = saved
+    plan = _Plan(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    p, dl, read_p, read_dl = (torch.empty_like(logits, dtype=plan.state_dtype) for _ in range(4))
-    dgate, dwrite = (torch.empty_like(logits) for _ in range(2))
+    dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
+    dgate = torch.empty_like(g, dtype=torch.float32)
+    dwrite = None if s is None else torch.empty_like(dgate)
     plan.launch(
-        backward.values_backward, plan.tiles.values_backward, plan.HQ,
-        v, g, strength, until, shrunk, level, highest, hv, logits, do, p, dl, read_p, read_dl, dgate, dwrite,
+        backward.values_backward, plan.tiles.values_backward, plan.H,
+        q, v, g, strength, until, shrunk, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite,
+        scale=1.0, **plan.linear,
     )  # fmt: skip
     plan.launch(
-        backward.queries_backward, plan.tiles.queries_backward, plan.HQ,
-        q, k, g, strength, until, shrunk, level, highest, hk, dl, read_dl, dq, dgate, dwrite, scale=scale,
+        backward.queries_backward, plan.tiles.queries_backward, plan.H,
+        q, k, g, strength, until, shrunk, level, levels, hk, dl, read_dl, dq, dgate, dwrite, scale=scale,
     )  # fmt: skip
     dhk, dhv = plan.states(q)
     parts = plan.slices(plan.tiles.states_backward)
@@ -219,16 +227,62 @@ def backward_pass(q, k, v, g, s, hk0, saved, do, dhkT, dhvT, cu_seqlens, scale: 
     plan.walk(
         backward.states_backward, plan.tiles.states_backward, q,
         (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-        HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, scale=scale,
+        HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, key_scale=scale, value_scale=1.0,
     )  # fmt: skip
-    dg = dgate if plan.R == 1 else torch.empty_like(g, dtype=torch.float32)
-    ds = None if s is None else dwrite if plan.R == 1 else torch.empty_like(dg)
     plan.launch(
         backward.keys_backward, plan.tiles.keys_backward, plan.H,
-        q, k, v, g, strength, until, shrunk, kept, level, highest, do, p, dl, read_p, read_dl, dgate, dwrite,
-        passed, dhk, dhv, dk, dv, ds, dg, scale=scale, PARTS=parts,
+        q, k, v, g, strength, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed,
+        dhk, dhv, dk, dv, dwrite, dgate, key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
     )  # fmt: skip
-    return dq, dk, dv, dg.to(g.dtype), None if ds is None else ds.to(s.dtype), *initial
+    ds = None if s is None else dwrite.to(s.dtype)
+    return dq, dk, dv, dgate.to(g.dtype), ds, *initial
+
+
+def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
+    """(o, hT or None, what the backward needs) of gated linear attention; contiguous tensors."""
+    plan = _Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    until, shrunk, kept, level, levels = plan.prepare(g, k)
+    h = plan.states(q)[1]
+    hT = plan.boundary_states(q)[1] if want_final else None
+    plan.walk(
+        forward.states_forward, plan.tiles.states, q, (v, v, kept, until, h0, h0, h, h, hT, hT),
+        HAS_INITIAL=h0 is not None, WANT_FINAL=want_final,
+    )  # fmt: skip
+    o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
+    plan.launch(
+        forward.outputs, plan.tiles.outputs, plan.HQ,
+        q, v, v, g, k, until, shrunk, level, levels, h, h, o, None, None, scale=scale, KEEP=False, **plan.linear,
+    )  # fmt: skip
+    return o, hT, (until, shrunk, kept, level, levels, h)
+
+
+def linear_backward_pass(q, k, v, g, h0, saved, do, dhT, cu_seqlens, scale: float):
+    """Gradients of q, k, v, g and the initial state."""
+    until, shrunk, kept, level, levels, h = saved
+    plan = _Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    read = torch.empty_like(q, dtype=plan.state_dtype)
+    dgate, dwrite = (torch.empty_like(g, dtype=torch.float32) for _ in range(2))
+    plan.launch(
+        backward.values_backward, plan.tiles.values_backward, plan.H,
+        q, v, g, k, until, shrunk, level, levels, h, None, None, do, dq, None, read, None, dgate, dwrite,
+        scale=scale, **plan.linear,
+    )  # fmt: skip
+    dh = torch.empty_like(h)
+    parts = plan.slices(plan.tiles.states_backward)
+    passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
+    dh0 = None if h0 is None else plan.boundary_states(q)[1]
+    plan.walk(
+        backward.states_backward, plan.tiles.states_backward, q,
+        (do, do, until, read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
+        HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R, key_scale=scale, value_scale=scale,
+    )  # fmt: skip
+    plan.launch(
+        backward.keys_backward, plan.tiles.keys_backward, plan.H,
+        do, v, v, g, k, until, shrunk, kept, level, levels, do, q, q, read, read, dwrite, passed,
+        dh, dh, dv, dv, dk, dgate, key_scale=scale, value_scale=scale, PARTS=parts, **plan.linear,
+    )  # fmt: skip
+    return dq, dk, dv, dgate.to(g.dtype), dh0
 
 
 class _Function(torch.autograd.Function):
@@ -250,4 +304,33 @@ class _Function(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-BACKEND = Backend(name="triton", forward=triton_forward, unsupported=unsupported, priority=20)
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, h0, cu_seqlens, scale, want_final):
+        q, k, v, g, h0 = (None if x is None else x.contiguous() for x in (q, k, v, g, h0))
+        o, hT, saved = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, g, h0, cu_seqlens, *saved)
+        ctx.scale = scale
+        return o, hT
+
+    @staticmethod
+    def backward(ctx, do, dhT):
+        q, k, v, g, h0, cu_seqlens, *saved = ctx.saved_tensors
+        do, dhT = (None if x is None else x.contiguous() for x in (do, dhT))
+        return *linear_backward_pass(q, k, v, g, h0, saved, do, dhT, cu_seqlens, ctx.scale), None, None, None
+
+
+def triton_linear_forward(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+    """`gated_linear_attention` by the kernels of the second pass; arguments as there, already validated."""
+    return _LinearFunction.apply(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state)
+
+
+BACKEND = Backend(
+    name="triton",
+    forward=triton_forward,
+    unsupported=unsupported,
+    priority=20,
+    step=triton_step,
+    linear_forward=triton_linear_forward,
+)

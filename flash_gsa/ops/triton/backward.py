@@ -29,7 +29,6 @@ from .chunks import (
     near_logits,
     near_writes,
     products,
-    references,
     store_rows,
     time_order,
     write_products,
@@ -38,133 +37,143 @@ from .chunks import (
 
 @triton.jit
 def values_backward(
-    v, g, s, until, shrunk, level, highest, hv, logits, do, p_out, dl_out, read_p, read_dl, dgate, dwrite, cu_seqlens,
-    chunk_sequence, first_chunk, T, sequences,
+    q, v, g, s, until, shrunk, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite, cu_seqlens,
+    chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
+    LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p, dℓ and p ∘ e^G, dℓ ∘ e^G [·, HQ, M] for the kernels after (the first two are read only where levels above 0
-    occur), and of one query head in float32 [·, HQ, M]: dgate, dℓ ∘ ℓ + p ∘ dp; dwrite, its part in ds by do and v.
+    """Pass 2 backward: read_p = p ∘ e^G, read_dl = dℓ ∘ e^G and dℓ [·, HQ, M] (dℓ only where levels above 0 occur).
 
-    Grid: (chunks·H·R,), as in `outputs`.
+    In float32 [·, H, M] its share of dg from inside the chunk, dgate, and where s is given of ds, dwrite.
+    LINEAR: q takes the place of p, and scale · dp is its gradient. Grid: (chunks·H,).
     """
     program = tl.program_id(0)
-    hq = program % (H * R)
-    chunk = time_order(program // (H * R), T, sequences, C, PACKED, False)
-    h = hq // R
+    h = program % H
+    chunk = time_order(program // H, T, sequences, C, PACKED, False)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
     _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
     left = tl.minimum(end - token, C).to(tl.int32)
-    row, row_q = token * H + h, token * (H * R) + hq
+    row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    count = references(tl.load(highest + chunk * H + h), C, SUB)
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
-    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
-    slot = (om < M)[None, :]
-    here = (oc < left)[:, None] & slot
+    found = tl.load(levels + chunk * H + h)
 
-    scores, old = products(
-        do + row_q * V, v + row * V, hv + state * V, left, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION
-    )
-    dp = near_logits(
-        scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
-    z = tl.load(logits + at, mask=here, other=0.0)
-    p = tl.where(slot, z, float("-inf"))
-    p = tl.exp(p - tl.max(p, axis=1)[:, None])
-    p = p / tl.sum(p, axis=1)[:, None]
-    dl = p * (dp - tl.sum(p * dp, axis=1)[:, None])
-    tl.store(dgate + at, dl * z + p * dp, mask=here)
-    grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
-    tl.store(read_p + at, (p * grown).to(read_p.dtype.element_ty), mask=here)
-    tl.store(read_dl + at, (dl * grown).to(read_dl.dtype.element_ty), mask=here)
-    if count > 0:
-        tl.store(p_out + at, p.to(p_out.dtype.element_ty), mask=here)
-        tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=here)
-    written = near_writes(scores, p, until + gates, level + gates, count, left, C, H, M, BM, SUB, RANGE, DOT, PRECISION)
-    tl.store(dwrite + at, written, mask=here)
+    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    written = tl.zeros([C, BM], tl.float32)
+    from_queries = tl.zeros([C, BM], tl.float32)
+    for r in range(R):
+        at = (row_q + r) * M
+        scores, old = products(
+            do + (row_q + r) * V, v + row * V, hv + state * V, left, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION
+        )
+        if LINEAR:
+            scores *= scale
+            old *= scale
+        dp = near_logits(
+            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+        grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
+        if LINEAR:
+            weight = load_rows(q + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
+            store_rows(dq + at, dp, left, 0, C, H * R * M, M, BM)
+            from_queries += weight * dp
+        else:
+            weight = load_rows(p + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
+            dlogits = weight * (dp - tl.sum(weight * dp, axis=1)[:, None])
+            total = tl.load(lse + row_q + r + oc * (H * R), mask=oc < left, other=0.0)
+            z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + total[:, None], 0.0)
+            from_queries += dlogits * z + weight * dp
+            store_rows(read_dl + at, dlogits * grown, left, 0, C, H * R * M, M, BM)
+            if found > 0:
+                store_rows(dl + at, dlogits, left, 0, C, H * R * M, M, BM)
+        store_rows(read_p + at, weight * grown, left, 0, C, H * R * M, M, BM)
+        written += near_writes(
+            scores, weight, until + gates, level + gates, found, left, C, H, M, BM, RANGE, DOT, PRECISION
+        )
+
+    write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
+    from_queries = tl.where((oc < left)[:, None] & (om < M)[None, :], from_queries, 0.0)
+    total = tl.cumsum(from_queries - write * written, axis=0, reverse=True)
+    if HAS_S:
+        store_rows(dwrite + gates, written, left, 0, C, H * M, M, BM)
+    else:
+        total -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
+    store_rows(dgate + gates, total, left, 0, C, H * M, M, BM)
 
 
 @triton.jit
 def queries_backward(
-    q, k, g, s, until, shrunk, level, highest, hk, dl, read_dl, dq, dgate, dwrite, cu_seqlens, chunk_sequence,
+    q, k, g, s, until, shrunk, level, levels, hk, dl, read_dl, dq, dgate, dwrite, cu_seqlens, chunk_sequence,
     first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K]; and what the query head adds to ds and dg from inside the chunk, in dwrite and dgate.
+    """Pass 1 backward: dq [·, HQ, K]; and its share of dg and ds from inside the chunk, added to dgate and dwrite.
 
-    Grid: (chunks·H·R,), as in `outputs`.
+    Grid: (chunks·H,).
     """
     program = tl.program_id(0)
-    hq = program % (H * R)
-    chunk = time_order(program // (H * R), T, sequences, C, PACKED, True)
-    h = hq // R
+    h = program % H
+    chunk = time_order(program // H, T, sequences, C, PACKED, True)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
     _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
     left = tl.minimum(end - token, C).to(tl.int32)
-    row, row_q = token * H + h, token * (H * R) + hq
+    row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    count = references(tl.load(highest + chunk * H + h), C, SUB)
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
-    at = row_q * M + oc[:, None] * (H * R * M) + om[None, :]
-    slot = (om < M)[None, :]
-    here = (oc < left)[:, None] & slot
+    found = tl.load(levels + chunk * H + h)
 
-    scores = causal_products(q + row_q * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION) * scale
-    if count > 0:
-        weight = load_rows(dl + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
-        written = near_writes(
-            scores, weight, until + gates, level + gates, count, left, C, H, M, BM, SUB, RANGE, DOT, PRECISION
-        )
-    else:
-        read = load_rows(read_dl + row_q * M, left, 0, C, H * R * M, M, BM).to(DOT)
-        sums = load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32)
-        written = tl.exp(-sums) * tl.dot(tl.trans(scores.to(DOT)), read, input_precision=PRECISION)
-    written += tl.load(dwrite + at, mask=here, other=0.0)
-    write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
-    from_gates = tl.load(dgate + at, mask=here, other=0.0) - write * written
-    from_gates = tl.cumsum(from_gates, axis=0, reverse=True)
-    if HAS_S:
-        tl.store(dwrite + at, written, mask=here)
-    else:
-        from_gates -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
-    tl.store(dgate + at, from_gates, mask=here)
-
-    read = load_rows(read_dl + row_q * M, left, 0, C, H * R * M, M, BM).to(DOT)
-    if count > 0:
-        weight = load_rows(dl + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
-        near = near_attention_any(
-            read, weight, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-            C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+    written = tl.zeros([C, BM], tl.float32)
+    for r in range(R):
+        at = (row_q + r) * M
+        scores = causal_products(q + (row_q + r) * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION)
+        scores *= scale
+        read = load_rows(read_dl + at, left, 0, C, H * R * M, M, BM).to(DOT)
+        if found > 0:
+            weight = load_rows(dl + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
+            written += near_writes(
+                scores, weight, until + gates, level + gates, found, left, C, H, M, BM, RANGE, DOT, PRECISION
+            )
+            near = near_attention_any(
+                read, weight, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+                C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+            )  # fmt: skip
+        else:
+            sums = load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32)
+            written += tl.exp(-sums) * tl.dot(tl.trans(scores.to(DOT)), read, input_precision=PRECISION)
+            near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
+        write_products(
+            near, k + row * K, read, hk + state * K, dq + (row_q + r) * K, left, scale,
+            C, H * K, H * R * K, K, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
+
+    write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
+    total = load_rows(dgate + gates, left, 0, C, H * M, M, BM) - tl.cumsum(write * written, axis=0, reverse=True)
+    if HAS_S:
+        sums = load_rows(dwrite + gates, left, 0, C, H * M, M, BM)
+        store_rows(dwrite + gates, sums + written, left, 0, C, H * M, M, BM)
     else:
-        near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
-    write_products(
-        near, k + row * K, read, hk + state * K, dq + row_q * K, left, scale,
-        C, H * K, H * R * K, K, BD, M, BM, DOT, PRECISION,
-    )  # fmt: skip
+        total -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * written
+    store_rows(dgate + gates, total, left, 0, C, H * M, M, BM)
 
 
 @triton.jit
 def states_backward(
-    q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay, cu_seqlens, segment_sequence,
-    first_segment, first_chunk, T, sequences, scale,
+    q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay,
+    cu_seqlens, segment_sequence, first_segment, first_chunk, T, sequences, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
     PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones;
-    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice.
+    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhk, dhv may be the memory of hk, hv.
 
     The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
     a sequence's first.
@@ -189,7 +198,7 @@ def states_backward(
 
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     size = tl.where(part < KEY_PARTS, K, V)
-    factor = tl.where(part < KEY_PARTS, scale, 1.0)
+    factor = tl.where(part < KEY_PARTS, key_scale, value_scale)
     od = tl.where(part < KEY_PARTS, part, part - KEY_PARTS) * BD + tl.arange(0, BD)
     x, y, states, final, out, initial, local = q, read_dl, hk, dhkT, dhk, dhk0, local_k
     if part >= KEY_PARTS:
@@ -255,15 +264,14 @@ def states_backward(
 
 @triton.jit
 def keys_backward(
-    q, k, v, g, s, until, shrunk, kept, level, highest, do, p, dl, read_p, read_dl, dgate, dwrite, passed, dhk,
-    dhv, dk, dv, ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, scale,
+    q, k, v, g, s, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed, dhk, dhv, dk, dv,
+    ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
+    PARTS: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [·, H, K], dv [·, H, V], and in float32 ds (where s was given), dg [·, H, M] of one chunk and kv head.
-
-    dg may be the same memory as dgate, and ds as dwrite, where R = 1. Grid: (chunks·H,).
+    """dk [·, H, K], dv [·, H, V], ds where s is given [·, H, M] of one chunk and kv head; completes dg, which holds
+    dgate. LINEAR: p is q, and only the second half is done. Grid: (chunks·H,).
     """
     program = tl.program_id(0)
     h = program % H
@@ -276,19 +284,19 @@ def keys_backward(
     row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    count = references(tl.load(highest + chunk * H + h), C, SUB)
+    found = tl.load(levels + chunk * H + h)
 
+    carried = tl.zeros([C, BM], tl.float32)
+    if not LINEAR:
+        carried = _key_gradients(
+            carried, q + row_q * K, k + row * K, dhk + state * K, dk + row * K, read_dl + row_q * M, dl + row_q * M,
+            key_scale, g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, found, left,
+            K, H, R, M, C, BD, BM, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
     carried = _key_gradients(
-        tl.zeros([C, BM], tl.float32), q + row_q * K, k + row * K, dhk + state * K, dk + row * K, read_dl + row_q * M,
-        dl + row_q * M, scale,
-        g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
-        K, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
-    carried = _key_gradients(
-        carried, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, read_p + row_q * M,
-        p + row_q * M, 1.0,
-        g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, count, left,
-        V, H, R, M, C, BD, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+        carried, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, read_p + row_q * M, p + row_q * M,
+        value_scale, g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, found, left,
+        V, H, R, M, C, BD, BM, RANGE, HAS_S, DOT, PRECISION,
     )  # fmt: skip
 
     om = tl.arange(0, BM)
@@ -300,11 +308,9 @@ def keys_backward(
     for i in range(PARTS):
         through += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
     total = tl.cumsum(later, axis=0) - later + (through * tl.exp(last.to(tl.float32)))[None, :]
-    for r in range(R):
-        total += load_rows(dgate + (row_q + r) * M, left, 0, C, H * R * M, M, BM)
+    total += load_rows(dg + gates, left, 0, C, H * M, M, BM)
     if HAS_S:
-        for r in range(R):
-            carried += load_rows(dwrite + (row_q + r) * M, left, 0, C, H * R * M, M, BM)
+        carried += load_rows(dwrite + gates, left, 0, C, H * M, M, BM)
         store_rows(ds + gates, carried, left, 0, C, H * M, M, BM)
     else:
         total -= tl.exp(load_rows(g + gates, left, 0, C, H * M, M, BM).to(tl.float32)) * carried
@@ -313,15 +319,14 @@ def keys_backward(
 
 @triton.jit
 def _key_gradients(
-    carried, y, x, dh, dx, read, weights, factor, g, s, until, shrunk, kept, level, count, left,
+    carried, y, x, dh, dx, read, weights, factor, g, s, until, shrunk, kept, level, levels, left,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One half, (x, y) = (k, q) or (v, do): dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh; returns carried + x dhᵀ."""
+    """One half, (x, y) = (k, q) or (v, do): dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh; carried + x dhᵀ."""
     if R == 1:
         near = near_attention_transposed(
-            read, weights, g, s, until, shrunk, level, count, left, C, H, R, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION
+            read, weights, g, s, until, shrunk, level, levels, left, C, H, R, M, BM, RANGE, HAS_S, DOT, PRECISION
         )
     written = load_rows(kept, left, 0, C, H * M, M, BM).to(DOT)
     for d in range(0, D, BD):
@@ -335,8 +340,8 @@ def _key_gradients(
             out = tl.zeros([C, BD], tl.float32)
             for r in range(R):
                 near = near_attention_transposed(
-                    read + r * M, weights + r * M, g, s, until, shrunk, level, count, left,
-                    C, H, R, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+                    read + r * M, weights + r * M, g, s, until, shrunk, level, levels, left,
+                    C, H, R, M, BM, RANGE, HAS_S, DOT, PRECISION,
                 )  # fmt: skip
                 yd = load_rows(y + r * D, left, d, C, H * R * D, D, BD)
                 out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)

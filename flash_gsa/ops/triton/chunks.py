@@ -3,10 +3,10 @@
 With G_t = Σ_{i≤t} g_i from the chunk's start, a query at t reads what token j ≤ t wrote with the weight
 s_j e^{G_t - G_j} in every slot. As a product of matrices this needs the two factors e^{G_t - r} and s_j e^{r - G_j}
 for some reference r, and no factor may overflow. Weak gates take r = 0, the chunk's start (level 0). A slot that
-forgets more than e^-RANGE since then takes a reference near t: the first token of its block of SUB (level 1), or
-where even the block forgets too much, the token itself (level 2), with which both factors are at most 1 whatever the
-gates are. `gates.prepare` assigns the level of every token and slot, from tokens up to it only: what comes later
-changes no bit of the result. A chunk pays for the levels that occur in it.
+forgets more than e^-RANGE since then takes the gates' sum at a token near t: the first of its block of 16 (level 1);
+where that block forgets too much, the first of its block of 4 (level 2), or the token itself (level 3), with which
+both factors are at most 1 whatever the gates are. `gates.prepare` assigns the level of every token and slot, from
+tokens up to it only: what comes later changes no bit of the result. A chunk pays for the levels that occur in it.
 """
 
 import triton
@@ -127,32 +127,35 @@ def write_products(
 
 
 @triton.jit
+def references(levels, C: tl.constexpr):
+    """How many references beside its start a chunk needs in which these levels occur."""
+    return tl.where((levels & 1) > 0, C // 16, 0) + tl.where((levels & 2) > 0, C // 4, 0) + tl.where((levels & 4) > 0, C, 0)
+
+
+@triton.jit
 def _factors(
-    i, until_pointer, until, level, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    i, levels, until_pointer, until, level, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere."""
-    is_block = i < C // SUB
-    token = tl.where(is_block, i * SUB, i - C // SUB)
-    behind = token + tl.where(is_block, SUB, 1)
+    blocks = tl.where((levels & 1) > 0, C // 16, 0)
+    fours = tl.where((levels & 2) > 0, C // 4, 0)
+    is_block, is_four = i < blocks, i < blocks + fours
+    token = tl.where(is_block, i * 16, tl.where(is_four, (i - blocks) * 4, i - blocks - fours))
+    behind = token + tl.where(is_block, 16, tl.where(is_four, 4, 1))
+    user = tl.where(is_block, 1, tl.where(is_four, 2, 3))
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     reference = tl.load(until_pointer + token * (H * M) + om, mask=om < tl.where(token < left, M, 0), other=0.0)
-    uses = ((oc >= token) & (oc < behind))[:, None] & (level == tl.where(is_block, 1, 2))
+    uses = ((oc >= token) & (oc < behind))[:, None] & (level == user)
     grown = tl.where(uses, tl.exp(tl.minimum((until - reference[None, :]).to(tl.float32), 0.0)), 0.0)
     inverse = tl.exp(tl.minimum((reference[None, :] - until).to(tl.float32), RANGE))
     return grown, inverse
 
 
 @triton.jit
-def references(highest, C: tl.constexpr, SUB: tl.constexpr):
-    """How many references beside the chunk's start a chunk needs whose highest level is `highest`."""
-    return tl.where(highest > 1, C // SUB + C, tl.where(highest > 0, C // SUB, 0))
-
-
-@triton.jit
 def near_logits(
-    scores, old, g, s, until, shrunk, level, count, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    scores, old, g, s, until, shrunk, level, levels, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [C, BM] in float32; scores are 0 for j > t."""
@@ -160,12 +163,12 @@ def near_logits(
     grown = tl.exp(sums.to(tl.float32))
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
     total = grown * tl.dot(scores.to(DOT), weak, old, input_precision=PRECISION)
-    if count > 0:
+    if levels > 0:
         need = load_rows(level, left, 0, C, H * M, M, BM)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
         total = tl.where(need == 0, total, grown * old)
-        for i in range(count):
-            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+        for i in range(references(levels, C)):
+            grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             total += grown * tl.dot(scores.to(DOT), (write * inverse).to(DOT), input_precision=PRECISION)
     return total
 
@@ -185,8 +188,8 @@ def near_attention(
 
 @triton.jit
 def near_attention_any(
-    read, weights, g, s, until, shrunk, level, count, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    read, weights, g, s, until, shrunk, level, levels, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`near_attention` of a chunk with any levels."""
@@ -195,8 +198,8 @@ def near_attention_any(
     need = load_rows(level, left, 0, C, H * M, M, BM)
     write = load_write(g, s, left, C, H, M, BM, HAS_S)
     total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
-    for i in range(count):
-        grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+    for i in range(references(levels, C)):
+        grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
         far = (weights * grown).to(DOT)
         total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
     oc = tl.arange(0, C)
@@ -205,21 +208,21 @@ def near_attention_any(
 
 @triton.jit
 def near_attention_transposed(
-    read, weights, g, s, until, shrunk, level, count, left,
-    C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr,
+    read, weights, g, s, until, shrunk, level, levels, left,
+    C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
     RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`near_attention` as [C (j), C (t)]; here read too lies in memory."""
     reading = load_rows(read, left, 0, C, H * R * M, M, BM).to(DOT)
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
-    if count > 0:
+    if levels > 0:
         sums = load_rows(until, left, 0, C, H * M, M, BM)
         need = load_rows(level, left, 0, C, H * M, M, BM)
         weight = load_rows(weights, left, 0, C, H * R * M, M, BM).to(tl.float32)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
         total = tl.dot(weak, tl.trans(tl.where(need == 0, reading, 0.0)), input_precision=PRECISION)
-        for i in range(count):
-            grown, inverse = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+        for i in range(references(levels, C)):
+            grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             far = (weight * grown).to(DOT)
             total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
     else:
@@ -230,8 +233,8 @@ def near_attention_transposed(
 
 @triton.jit
 def near_writes(
-    scores, weights, until, level, count, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr,
+    scores, weights, until, level, levels, left,
+    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_{t≥j} scores_tj weights_tm e^{G_tm - G_jm} [C (j), BM]; scores [C (t), C (j)] are 0 for j > t."""
@@ -239,12 +242,12 @@ def near_writes(
     read = weights * tl.exp(sums.to(tl.float32))
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
     turned = tl.trans(scores.to(DOT))
-    if count > 0:
+    if levels > 0:
         need = load_rows(level, left, 0, C, H * M, M, BM)
         read = tl.where(need == 0, read, 0.0)
         written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
-        for i in range(count):
-            grown, far = _factors(i, until, sums, need, left, C, H, M, BM, SUB, RANGE)
+        for i in range(references(levels, C)):
+            grown, far = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             written += far * tl.dot(turned, (weights * grown).to(DOT), input_precision=PRECISION)
     else:
         written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)

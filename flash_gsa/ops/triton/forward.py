@@ -15,7 +15,7 @@ from .chunks import (
     near_attention_any,
     near_logits,
     products,
-    references,
+    store_rows,
     time_order,
     write_products,
 )
@@ -108,15 +108,16 @@ def states_forward(
 
 @triton.jit
 def outputs(
-    q, k, v, g, s, until, shrunk, level, highest, hk, hv, o, logits, cu_seqlens, chunk_sequence, first_chunk, T,
+    q, k, v, g, s, until, shrunk, level, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence, first_chunk, T,
     sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, KEEP_LOGITS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
+    KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o [·, HQ, V] and, for the backward, logits [·, HQ, M] of one chunk and query head.
+    """o [·, HQ, V] and, for the backward, p = softmax(ℓ) [·, HQ, M] and log Σ e^ℓ [·, HQ] of one chunk and query head.
 
-    Grid: (chunks·H·R,), the query heads of a group next to each other, so that k, v and states come from L2.
+    LINEAR: q [·, HQ, M] takes the place of p. Grid: (chunks·H·R,), the query heads of a group next to each other, so
+    that k, v and states come from L2.
     """
     program = tl.program_id(0)
     hq = program % (H * R)
@@ -130,33 +131,38 @@ def outputs(
     row, row_q = token * H + h, token * (H * R) + hq
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    count = references(tl.load(highest + chunk * H + h), C, SUB)
+    found = tl.load(levels + chunk * H + h)
 
-    scores, old = products(
-        q + row_q * K, k + row * K, hk + state * K, left, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION
-    )
-    z = near_logits(
-        scores * scale, old * scale, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-        C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
-    slot = (om < M)[None, :]
-    if KEEP_LOGITS:
-        at_logits = logits + row_q * M + oc[:, None] * (H * R * M) + om[None, :]
-        tl.store(at_logits, z, mask=(oc < left)[:, None] & slot)
-    z = tl.where(slot, z, float("-inf"))
-    p = tl.exp(z - tl.max(z, axis=1)[:, None])
-    p = p / tl.sum(p, axis=1)[:, None]
-    grown = tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))
-    read = (p * grown).to(DOT)
-    if count > 0:
+    if LINEAR:
+        p = load_rows(q + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
+        factor = scale
+    else:
+        scores, old = products(
+            q + row_q * K, k + row * K, hk + state * K, left, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION
+        )
+        z = near_logits(
+            scores * scale, old * scale, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found,
+            left, C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+        z = tl.where((tl.arange(0, BM) < M)[None, :], z, float("-inf"))
+        largest = tl.max(z, axis=1)
+        p = tl.exp(z - largest[:, None])
+        total = tl.sum(p, axis=1)
+        p = p / total[:, None]
+        if KEEP:
+            oc = tl.arange(0, C)
+            tl.store(lse_out + row_q + oc * (H * R), largest + tl.log(total), mask=oc < left)
+            store_rows(p_out + row_q * M, p, left, 0, C, H * R * M, M, BM)
+        factor = 1.0
+    read = (p * tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))).to(DOT)
+    if found > 0:
         near = near_attention_any(
-            read, p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, count, left,
-            C, H, M, BM, SUB, RANGE, HAS_S, DOT, PRECISION,
+            read, p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
         near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
     write_products(
-        near, v + row * V, read, hv + state * V, o + row_q * V, left, 1.0,
+        near, v + row * V, read, hv + state * V, o + row_q * V, left, factor,
         C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,
     )  # fmt: skip

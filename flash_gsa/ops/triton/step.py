@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import reference_step
 from ..registry import State
 from .arrivals import PER_MEETING, arrive, counters, wait
 from .chunks import one_minus_exp
@@ -29,7 +30,7 @@ def step(
     q_b, k_b, v_b, g_b, s_b, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PER_MEETING: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, ROWS: tl.constexpr,
-    K_TILES: tl.constexpr, V_TILES: tl.constexpr, STAGES: tl.constexpr, HAS_S: tl.constexpr,
+    K_TILES: tl.constexpr, V_TILES: tl.constexpr, AT_ONCE: tl.constexpr, STAGES: tl.constexpr, HAS_S: tl.constexpr,
 ):  # fmt: skip
     """A slice of one group; grid (B·H·P,). x_b, x_h, … are strides; a program has K_TILES and V_TILES tiles."""
     program = tl.program_id(0).to(tl.int64)
@@ -77,9 +78,21 @@ def step(
     values = update_tile(values, value, new_hv, hv_v, hv_m, ov, om, decay, write, V, M)
     if P > 1:
         wait(arrived + group, goal)
-        every = (tl.arange(0, P)[:, None, None] * BR + row[None, :, None]) * BM + om[None, None, :]
-        # Past the cache of this processor, which knows nothing of what others wrote.
-        logits = tl.sum(tl.load(parts + group * P * BR * BM + every, cache_modifier=".cg"), axis=0)
+        # In loads of one number a thread: the tile of Ṽ takes the layout of the last load, and after a larger one
+        # would not fit the registers.
+        one = tl.arange(0, AT_ONCE)[:, None] * (BR * BM) + om[None, :]
+        found = ()
+        for r in tl.static_range(R):
+            for i in tl.static_range(0, P, AT_ONCE):
+                # Past the cache of this processor, which knows nothing of what others wrote.
+                at = parts + ((group * P + i) * BR + r) * BM + one
+                found += (tl.load(at, cache_modifier=".cg"),)
+        tl.debug_barrier()
+        for r in tl.static_range(R):
+            total = found[r * (P // AT_ONCE)]
+            for i in tl.static_range(1, P // AT_ONCE):
+                total += found[r * (P // AT_ONCE) + i]
+            logits = tl.where(row[:, None] == r, tl.sum(total, axis=0)[None, :], logits)
 
     logits = tl.where((om < M)[None, :], logits * scale, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -117,7 +130,7 @@ def load_queries(q, first, ok, K: tl.constexpr, R: tl.constexpr, ROWS: tl.conste
     queries = ()
     for r in tl.static_range(ROWS):
         real = ok < tl.where(first + r < R, K, 0)
-        queries = queries + (tl.load(q + (first + r) * K + ok, mask=real, other=0.0).to(tl.float32),)
+        queries += (tl.load(q + (first + r) * K + ok, mask=real, other=0.0).to(tl.float32),)
     return queries
 
 
@@ -155,7 +168,7 @@ def write_output(o, values, p, mine, real):
 
 @dataclass(frozen=True)
 class Split:
-    """programs: P of a group; tile: numbers of state held at once; warps; stages: tiles on the way."""
+    """programs: P of a group; tile: most numbers of a state held at once; warps; stages: tiles on the way."""
 
     programs: int
     tile: int
@@ -163,52 +176,96 @@ class Split:
     stages: int
 
 
-def choose(groups: int, K: int, V: int, processors: int) -> Split:
-    """How `groups` key/value heads are spread over a chip of `processors` multiprocessors (0: one program a group).
-
-    Few groups are split until the programs are two a multiprocessor, the most that are surely there at once
-    (128 threads of at most 255 registers), and no further than slices of 16 rows.
-    """
+def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Split:
+    """How `groups` key/value heads are spread over a chip of `processors` multiprocessors (0: one program a group)."""
     programs = 1
-    while 2 * programs * groups <= 2 * processors and 32 * programs <= min(K, V) and 2 * programs <= PER_MEETING:
+    # Two programs of 128 threads with up to 255 registers surely fit on a multiprocessor: all are there at once, as
+    # `arrivals` wants. Slices under 16 rows are not worth a program, and every program reads R·P rows of parts.
+    while programs * groups <= processors and 32 * programs <= min(K, V) and 2 * programs * R <= PER_MEETING:
         programs *= 2
-    return Split(programs, tile=4096, warps=4, stages=3)
+    # Numbers that are read one by one (M odd, say) need registers for their addresses.
+    tile = 1024 if M % 4 else 2048 if programs == 1 else 4096
+    return Split(programs, tile, warps=4, stages=4 if programs == 1 else 3)
 
 
-def triton_step(q, k, v, g, s, state: State, scale: float, in_place: bool = False, split: Split | None = None):
-    """`gated_slot_attention_step` as one launch; arguments as there, already validated, without gradients.
+def triton_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, state: State, scale: float, in_place: bool = False
+) -> tuple[Tensor, State]:
+    """`gated_slot_attention_step` as one launch; arguments as there, already validated.
 
-    hk may lie as [K, M] or as [M, K] (any strides); the new state lies as the given one does.
+    hk may lie in memory as [K, M] or as [M, K], one as fast as the other; the new state lies as the given one does.
+    Where a gradient is wanted, the reference computes the step.
     """
+    hk, hv = state
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv)):
+        return reference_step(q, k, v, g, s, state, scale)
+    if in_place:
+        o = step_in_place(q, k, v, g, s, hk, hv, float(scale))
+    else:
+        o, hk, hv = step_anew(q, k, v, g, s, hk, hv, float(scale))
+    return o, (hk, hv)
+
+
+def step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, hk: Tensor, hv: Tensor, scale: float
+) -> Tensor:
+    """o; hk and hv are updated."""
+    o = launch(q, k, v, g, s, (hk, hv), (hk, hv), scale)
+    for x in (hk, hv):
+        if not x.is_inference():  # a graph that had saved it must not use it
+            torch.autograd.graph.increment_version(x)
+    return o
+
+
+def step_anew(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, hk: Tensor, hv: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o and the new hk and hv."""
+    new = torch.empty_like(hk), torch.empty_like(hv)
+    # A state with gaps or repeats in memory is copied first: one set of strides then serves both.
+    hk, hv = (x if x.stride() == y.stride() else y.copy_(x) for x, y in zip((hk, hv), new, strict=True))
+    return launch(q, k, v, g, s, (hk, hv), new, scale), *new
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    s: Tensor | None,
+    state: State,
+    new: State,
+    scale: float,
+    split: Split | None = None,
+) -> Tensor:
+    """o; the state after the token is written to `new`, which has the strides of `state` or is it."""
     B, HQ, K = q.shape
     H, V, M = k.shape[1], v.shape[2], g.shape[2]
     R, groups = HQ // H, B * H
     o = q.new_empty(B, HQ, V)
-    if in_place:
-        (hk, hv), new = state, state
-    else:
-        new = (torch.empty_like(state[0]), torch.empty_like(state[1]))
-        # A state with gaps or repeats in memory is copied first: one set of strides then serves both.
-        hk, hv = (x if x.stride() == y.stride() else y.copy_(x) for x, y in zip(state, new, strict=True))
     if groups == 0:
-        return o, new
-    q, k, v, g = (_rows(x) for x in (q, k, v, g))
-    s = None if s is None else _rows(s)
-    split = split or choose(groups, K, V, _processors(q.device))
+        return o
+    split = split or choose(groups, K, V, M, R, _processors(q.device))
     P = split.programs
-    BM = triton.next_power_of_2(M)
+    BM, BR = triton.next_power_of_2(M), triton.next_power_of_2(R)
     BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
     BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
+    q, k, v, g = (_rows(x) for x in (q, k, v, g))
+    s = None if s is None else _rows(s)
+    parts = arrived = None
     with torch.cuda.device_of(q):
-        parts = q.new_empty(groups * P * R * M, dtype=torch.float32) if P > 1 else None
+        if P > 1:
+            parts = q.new_empty(groups * P * BR * BM, dtype=torch.float32)
+            arrived = counters(groups, q.device)
         step[(groups * P,)](
-            q, k, v, g, s, hk, hv, *new, o, parts, counters(groups, q.device) if P > 1 else None,
-            *(x.stride(0) for x in (q, k, v, g)), 0 if s is None else s.stride(0), *hk.stride(), *hv.stride(),
-            float(scale), H, K=K, V=V, M=M, R=R, P=P, PER_MEETING=PER_MEETING,
-            BK=BK, BV=BV, BM=BM, BR=triton.next_power_of_2(R), ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES,
-            STAGES=split.stages, HAS_S=s is not None, num_warps=split.warps,
+            q, k, v, g, s, *state, *new, o, parts, arrived,
+            q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if s is None else s.stride(0),
+            *state[0].stride(), *state[1].stride(), scale, H,
+            K=K, V=V, M=M, R=R, P=P, PER_MEETING=PER_MEETING, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8),
+            K_TILES=K_TILES, V_TILES=V_TILES, AT_ONCE=max(1, min(P, 32 * split.warps // BM)), STAGES=split.stages,
+            HAS_S=s is not None, num_warps=split.warps,
         )  # fmt: skip
-    return o, new
+    return o
 
 
 def _rows(x: Tensor) -> Tensor:

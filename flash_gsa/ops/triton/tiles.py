@@ -34,11 +34,14 @@ def choose(dtype: torch.dtype, K: int, V: int, M: int) -> Tiles:
     """Tiles for heads of width K and V and M slots."""
     widest = max(16, 1 << (max(K, V) - 1).bit_length())
     half = dtype in (torch.bfloat16, torch.float16)
+    narrow, wide = min(64, widest), min(128, widest)
     if dtype == torch.bfloat16 and M <= 64:
-        narrow, wide = min(64, widest), min(128, widest)
         walk, products = Tile(wide, 4, 2), Tile(narrow, 8, 3)
         return Tiles(128, walk, products, products, products, walk, products)
-    # float32 tiles are twice as large and its exact dots use no tensor cores; many slots are wide tiles too.
+    if dtype == torch.bfloat16:
+        walk, products = Tile(narrow, 8, 2), Tile(narrow, 8, 2)
+        return Tiles(64, walk, products, products, products, walk, products)
+    # float32 tiles are twice as large and its exact dots use no tensor cores.
     C = 32 if M > 128 or not half else 64
     small = Tile(min(32, widest), 8 if M > 64 else 4, 1)
     return Tiles(C, small, small, small, small, small, small)
