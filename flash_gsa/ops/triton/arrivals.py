@@ -53,47 +53,51 @@ def wait(counter, goal):
 def counters(groups: int, device: torch.device) -> Tensor:
     """`groups` int32 counters for one launch on the current stream of `device`, the current device."""
     capturing = torch.cuda.is_current_stream_capturing()
-    store = _stores.get(device)
-    if store is None and not capturing:
-        store = _stores.setdefault(device, _Store(device))
+    if device not in _stores and not capturing:
+        _stores.setdefault(device, Store(_zeros(device)))
     found = None
-    if store is not None:
+    if device in _stores:
+        store = _stores[device]
         found = store.take(groups) if capturing else store.of_stream(torch.cuda.current_stream().cuda_stream)
     if found is None or found.numel() < groups:
         return torch.zeros(groups, dtype=torch.int32, device=device)
     return found
 
 
-class _Store:
-    """Zeroed counters of one device, handed out once each."""
+class Store:
+    """Zeroed int32 counters of one device, handed out once each."""
 
-    def __init__(self, device: torch.device):
-        self._lock = threading.Lock()
+    def __init__(self, counters: Tensor):
+        self._counters = counters
         self._used = 0
         self._of_stream: dict[int, Tensor | None] = {}
-
-        def zeros() -> Tensor:
-            counters = torch.zeros(STORE, dtype=torch.int32, device=device)
-            torch.cuda.synchronize(device)
-            return counters
-
-        # What this thread allocates may be going into the memory pool of a graph, to be reused when that graph dies.
-        with ThreadPoolExecutor(1) as other_thread:
-            self._counters = other_thread.submit(zeros).result()
-
-    def of_stream(self, stream: int) -> Tensor | None:
-        if stream not in self._of_stream:
-            self._of_stream[stream] = self.take(A_STREAM)
-        return self._of_stream[stream]
+        self._lock = threading.Lock()
 
     def take(self, count: int) -> Tensor | None:
-        """The next `count` counters, or None if too few are left."""
+        """At least `count` counters that nobody else has, or None if too few are left."""
         with self._lock:
             start, end = self._used, self._used + triton.cdiv(count, 8) * 8  # sets share no sector of 32 bytes
-            if end > STORE:
+            if end > self._counters.numel():
                 return None
             self._used = end
             return self._counters[start:end]
 
+    def of_stream(self, stream: int) -> Tensor | None:
+        """The counters of all launches on one stream, or None if too few were left."""
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self.take(A_STREAM)
+        return self._of_stream[stream]
 
-_stores: dict[torch.device, _Store] = {}
+
+def _zeros(device: torch.device) -> Tensor:
+    def zeros() -> Tensor:
+        counters = torch.zeros(STORE, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+        return counters
+
+    # What this thread allocates may be going into the memory pool of a graph, to be reused when that graph dies.
+    with ThreadPoolExecutor(1) as other_thread:
+        return other_thread.submit(zeros).result()
+
+
+_stores: dict[torch.device, Store] = {}

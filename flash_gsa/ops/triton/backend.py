@@ -92,7 +92,7 @@ class _Plan:
         self.K = 0 if linear else K
         self.H, self.V, self.M = k.shape[2], v.shape[3], g.shape[3]
         self.R = self.HQ // self.H
-        self.tiles = _tiles.choose(q.dtype, self.K, self.V, self.M)
+        self.tiles = _tiles.choose(q.dtype, self.K, self.V, self.M, self.R)
         C = self.tiles.C
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
         self.chunks = _Parts(self.B, self.T, C, cu_seqlens).to(q.device)
@@ -120,7 +120,7 @@ class _Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self.near = {"RANGE": RANGE, "HAS_S": has_s}
+        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.sizes["BM"] // 16}
         self.linear = {"LINEAR": linear}
 
     def slices(self, tile) -> int:
@@ -152,10 +152,10 @@ class _Plan:
         until = g.new_empty(shape, dtype=self.sum_dtype)
         shrunk, kept = (g.new_empty(shape, dtype=self.state_dtype) for _ in range(2))
         level = g.new_empty(shape, dtype=torch.int8)
-        levels = g.new_empty(self.chunks.count, self.H, dtype=torch.int32)
-        gates.prepare[(self.chunks.count * self.H,)](
+        levels = g.new_empty(self.chunks.count, self.H, self.near["SLICES"], dtype=torch.int32)
+        gates.prepare[(levels.numel(),)](
             g, g if s is None else s, until, shrunk, kept, level, levels, *self.chunk_table,
-            **self.sizes, **self.near, num_warps=max(1, self.sizes["BM"] // 64),
+            **{name: size for name, size in self.sizes.items() if name != "BM"}, **self.near, num_warps=1,
         )  # fmt: skip
         return until, shrunk, kept, level, levels
 

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .chunks import (
     causal_products,
+    load_levels,
     load_rows,
     load_write,
     locate,
@@ -41,7 +42,7 @@ def values_backward(
     chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pass 2 backward: read_p = p ∘ e^G, read_dl = dℓ ∘ e^G and dℓ [·, HQ, M] (dℓ only where levels above 0 occur).
 
@@ -59,7 +60,7 @@ def values_backward(
     row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = tl.load(levels + chunk * H + h)
+    found = load_levels(levels, chunk * H + h, SLICES)
 
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     written = tl.zeros([C, BM], tl.float32)
@@ -67,11 +68,9 @@ def values_backward(
     for r in range(R):
         at = (row_q + r) * M
         scores, old = products(
-            do + (row_q + r) * V, v + row * V, hv + state * V, left, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION
-        )
-        if LINEAR:
-            scores *= scale
-            old *= scale
+            do + (row_q + r) * V, v + row * V, hv + state * V, left, scale,
+            C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION,
+        )  # fmt: skip
         dp = near_logits(
             scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
             C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
@@ -111,7 +110,7 @@ def queries_backward(
     first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pass 1 backward: dq [·, HQ, K]; and its share of dg and ds from inside the chunk, added to dgate and dwrite.
 
@@ -128,13 +127,14 @@ def queries_backward(
     row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = tl.load(levels + chunk * H + h)
+    found = load_levels(levels, chunk * H + h, SLICES)
 
     written = tl.zeros([C, BM], tl.float32)
     for r in range(R):
         at = (row_q + r) * M
-        scores = causal_products(q + (row_q + r) * K, k + row * K, left, C, H * R * K, H * K, K, BD, PRECISION)
-        scores *= scale
+        scores = causal_products(
+            q + (row_q + r) * K, k + row * K, left, scale, C, H * R * K, H * K, K, BD, DOT, PRECISION
+        )
         read = load_rows(read_dl + at, left, 0, C, H * R * M, M, BM).to(DOT)
         if found > 0:
             weight = load_rows(dl + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
@@ -147,7 +147,7 @@ def queries_backward(
             )  # fmt: skip
         else:
             sums = load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32)
-            written += tl.exp(-sums) * tl.dot(tl.trans(scores.to(DOT)), read, input_precision=PRECISION)
+            written += tl.exp(-sums) * tl.dot(tl.trans(scores), read, input_precision=PRECISION)
             near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
         write_products(
             near, k + row * K, read, hk + state * K, dq + (row_q + r) * K, left, scale,
@@ -268,7 +268,7 @@ def keys_backward(
     ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    PARTS: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, PARTS: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [·, H, K], dv [·, H, V], ds where s is given [·, H, M] of one chunk and kv head; completes dg, which holds
     dgate. LINEAR: p is q, and only the second half is done. Grid: (chunks·H,).
@@ -284,7 +284,7 @@ def keys_backward(
     row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = tl.load(levels + chunk * H + h)
+    found = load_levels(levels, chunk * H + h, SLICES)
 
     carried = tl.zeros([C, BM], tl.float32)
     if not LINEAR:

@@ -3,14 +3,17 @@
 With G_t = Σ_{i≤t} g_i from the chunk's start, a query at t reads what token j ≤ t wrote with the weight
 s_j e^{G_t - G_j} in every slot. As a product of matrices this needs the two factors e^{G_t - r} and s_j e^{r - G_j}
 for some reference r, and no factor may overflow. Weak gates take r = 0, the chunk's start (level 0). A slot that
-forgets more than e^-RANGE since then takes the gates' sum at a token near t: the first of its block of 16 (level 1);
-where that block forgets too much, the first of its block of 4 (level 2), or the token itself (level 3), with which
+forgets more than e^-RANGE since then takes the gates' sum at a token near t: the first of its block of 32 (level 1);
+where that block forgets too much, the first of its block of 8 (level 2), or the token itself (level 3), with which
 both factors are at most 1 whatever the gates are. `gates.prepare` assigns the level of every token and slot, from
 tokens up to it only: what comes later changes no bit of the result. A chunk pays for the levels that occur in it.
 """
 
 import triton
 import triton.language as tl
+
+BLOCK_32 = tl.constexpr(32)
+BLOCK_8 = tl.constexpr(8)
 
 
 @triton.jit
@@ -78,11 +81,12 @@ def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl
 
 @triton.jit
 def products(
-    x, y, state, left,
+    x, y, state, left, factor,
     C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x yᵀ [C, C] (0 above the diagonal) and x stateᵀ [C, BM] in float32, for x, y [C, D] and state [M, D]."""
+    """factor · x yᵀ [C, C], 0 above the diagonal, in the products' format, and factor · x stateᵀ [C, BM] in float32;
+    for x, y [C, D] and state [M, D]."""
     scores = tl.zeros([C, C], tl.float32)
     old = tl.zeros([C, BM], tl.float32)
     for d in range(0, D, BD):
@@ -92,23 +96,23 @@ def products(
         scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
         old = tl.dot(xd.to(DOT), tl.trans(hd.to(DOT)), old, input_precision=PRECISION)
     oc = tl.arange(0, C)
-    return tl.where(oc[:, None] >= oc[None, :], scores, 0.0), old
+    return tl.where(oc[:, None] >= oc[None, :], scores * factor, 0.0).to(DOT), old * factor
 
 
 @triton.jit
 def causal_products(
-    x, y, left,
+    x, y, left, factor,
     C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x yᵀ [C, C] alone, as in `products`."""
+    """The first result of `products` alone."""
     scores = tl.zeros([C, C], tl.float32)
     for d in range(0, D, BD):
         xd = load_rows(x, left, d, C, X_STRIDE, D, BD)
         yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
         scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
     oc = tl.arange(0, C)
-    return tl.where(oc[:, None] >= oc[None, :], scores, 0.0)
+    return tl.where(oc[:, None] >= oc[None, :], scores * factor, 0.0).to(DOT)
 
 
 @triton.jit
@@ -129,7 +133,15 @@ def write_products(
 @triton.jit
 def references(levels, C: tl.constexpr):
     """How many references beside its start a chunk needs in which these levels occur."""
-    return tl.where((levels & 1) > 0, C // 16, 0) + tl.where((levels & 2) > 0, C // 4, 0) + tl.where((levels & 4) > 0, C, 0)
+    blocks = tl.where((levels & 1) > 0, C // BLOCK_32, 0) + tl.where((levels & 2) > 0, C // BLOCK_8, 0)
+    return blocks + tl.where((levels & 4) > 0, C, 0)
+
+
+@triton.jit
+def load_levels(levels, chunk, SLICES: tl.constexpr):
+    """Which levels above 0 occur in a chunk: see `gates.prepare`."""
+    found = tl.load(levels + chunk * SLICES + tl.arange(0, SLICES))
+    return tl.max(found & 1, axis=0) + tl.max(found & 2, axis=0) + tl.max(found & 4, axis=0)
 
 
 @triton.jit
@@ -138,12 +150,12 @@ def _factors(
     C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere."""
-    blocks = tl.where((levels & 1) > 0, C // 16, 0)
-    fours = tl.where((levels & 2) > 0, C // 4, 0)
-    is_block, is_four = i < blocks, i < blocks + fours
-    token = tl.where(is_block, i * 16, tl.where(is_four, (i - blocks) * 4, i - blocks - fours))
-    behind = token + tl.where(is_block, 16, tl.where(is_four, 4, 1))
-    user = tl.where(is_block, 1, tl.where(is_four, 2, 3))
+    large = tl.where((levels & 1) > 0, C // BLOCK_32, 0)
+    small = tl.where((levels & 2) > 0, C // BLOCK_8, 0)
+    is_large, is_small = i < large, i < large + small
+    token = tl.where(is_large, i * BLOCK_32, tl.where(is_small, (i - large) * BLOCK_8, i - large - small))
+    behind = token + tl.where(is_large, BLOCK_32, tl.where(is_small, BLOCK_8, 1))
+    user = tl.where(is_large, 1, tl.where(is_small, 2, 3))
     oc, om = tl.arange(0, C), tl.arange(0, BM)
     reference = tl.load(until_pointer + token * (H * M) + om, mask=om < tl.where(token < left, M, 0), other=0.0)
     uses = ((oc >= token) & (oc < behind))[:, None] & (level == user)
@@ -162,14 +174,14 @@ def near_logits(
     sums = load_rows(until, left, 0, C, H * M, M, BM)
     grown = tl.exp(sums.to(tl.float32))
     weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
-    total = grown * tl.dot(scores.to(DOT), weak, old, input_precision=PRECISION)
+    total = grown * tl.dot(scores, weak, old, input_precision=PRECISION)
     if levels > 0:
         need = load_rows(level, left, 0, C, H * M, M, BM)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
         total = tl.where(need == 0, total, grown * old)
         for i in range(references(levels, C)):
             grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
-            total += grown * tl.dot(scores.to(DOT), (write * inverse).to(DOT), input_precision=PRECISION)
+            total += grown * tl.dot(scores, (write * inverse).to(DOT), input_precision=PRECISION)
     return total
 
 
@@ -241,7 +253,7 @@ def near_writes(
     sums = load_rows(until, left, 0, C, H * M, M, BM)
     read = weights * tl.exp(sums.to(tl.float32))
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
-    turned = tl.trans(scores.to(DOT))
+    turned = tl.trans(scores)
     if levels > 0:
         need = load_rows(level, left, 0, C, H * M, M, BM)
         read = tl.where(need == 0, read, 0.0)

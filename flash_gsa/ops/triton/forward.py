@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .chunks import (
+    load_levels,
     load_rows,
     locate,
     near_attention,
@@ -112,7 +113,7 @@ def outputs(
     sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [·, HQ, V] and, for the backward, p = softmax(ℓ) [·, HQ, M] and log Σ e^ℓ [·, HQ] of one chunk and query head.
 
@@ -131,17 +132,30 @@ def outputs(
     row, row_q = token * H + h, token * (H * R) + hq
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = tl.load(levels + chunk * H + h)
+    found = load_levels(levels, chunk * H + h, SLICES)
 
     if LINEAR:
         p = load_rows(q + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
         factor = scale
     else:
         scores, old = products(
-            q + row_q * K, k + row * K, hk + state * K, left, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION
+            q + row_q * K,
+            k + row * K,
+            hk + state * K,
+            left,
+            scale,
+            C,
+            H * R * K,
+            H * K,
+            K,
+            BD,
+            M,
+            BM,
+            DOT,
+            PRECISION,
         )
         z = near_logits(
-            scores * scale, old * scale, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found,
+            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found,
             left, C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
         z = tl.where((tl.arange(0, BM) < M)[None, :], z, float("-inf"))

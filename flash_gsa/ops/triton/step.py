@@ -47,8 +47,9 @@ def step(
     row, om = tl.arange(0, BR), tl.arange(0, BM)
 
     ok = part * (K_TILES * BK) + tl.arange(0, BK)
-    keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
-    queries = load_queries(q, 0, ok, K, R, ROWS)
+    if K_TILES == 1:
+        keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
+        queries = load_queries(q, 0, ok, K, R, ROWS)
     ov = part * (V_TILES * BV) + tl.arange(0, BV)
     values, value = load_tile(hv, hv_v, hv_m, v, ov, om, V, M)
     # The compiler moves loads down to their use, but not past a barrier: so all these are on their way together.
@@ -63,14 +64,16 @@ def step(
         write = one_minus_exp(gate)
 
     logits = tl.zeros((BR, BM), tl.float32)
-    keys = update_tile(keys, key, new_hk, hk_k, hk_m, ok, om, decay, write, K, M)
-    logits = add_scores(logits, keys, queries, q, ok, row, K, R, ROWS)
-    for _ in tl.range(1, K_TILES, num_stages=STAGES):
-        ok += BK
-        keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
-        queries = load_queries(q, 0, ok, K, R, ROWS)
+    if K_TILES == 1:
         keys = update_tile(keys, key, new_hk, hk_k, hk_m, ok, om, decay, write, K, M)
         logits = add_scores(logits, keys, queries, q, ok, row, K, R, ROWS)
+    else:
+        for _ in tl.range(0, K_TILES, num_stages=STAGES):
+            keys, key = load_tile(hk, hk_k, hk_m, k, ok, om, K, M)
+            queries = load_queries(q, 0, ok, K, R, ROWS)
+            keys = update_tile(keys, key, new_hk, hk_k, hk_m, ok, om, decay, write, K, M)
+            logits = add_scores(logits, keys, queries, q, ok, row, K, R, ROWS)
+            ok += BK
 
     if P > 1:
         tl.store(parts + program * BR * BM + row[:, None] * BM + om[None, :], logits)
@@ -86,11 +89,11 @@ def step(
             for i in tl.static_range(0, P, AT_ONCE):
                 # Past the cache of this processor, which knows nothing of what others wrote.
                 at = parts + ((group * P + i) * BR + r) * BM + one
-                found += (tl.load(at, cache_modifier=".cg"),)
+                found += (tl.load(at, cache_modifier=".cg"),)  # type: ignore[assignment]
         tl.debug_barrier()
         for r in tl.static_range(R):
-            total = found[r * (P // AT_ONCE)]
-            for i in tl.static_range(1, P // AT_ONCE):
+            total = tl.zeros((AT_ONCE, BM), tl.float32)
+            for i in tl.static_range(P // AT_ONCE):
                 total += found[r * (P // AT_ONCE) + i]
             logits = tl.where(row[:, None] == r, tl.sum(total, axis=0)[None, :], logits)
 
@@ -130,7 +133,8 @@ def load_queries(q, first, ok, K: tl.constexpr, R: tl.constexpr, ROWS: tl.conste
     queries = ()
     for r in tl.static_range(ROWS):
         real = ok < tl.where(first + r < R, K, 0)
-        queries += (tl.load(q + (first + r) * K + ok, mask=real, other=0.0).to(tl.float32),)
+        row = tl.load(q + (first + r) * K + ok, mask=real, other=0.0)
+        queries += (row.to(tl.float32),)  # type: ignore[assignment]
     return queries
 
 
@@ -197,12 +201,15 @@ def triton_step(
     Where a gradient is wanted, the reference computes the step.
     """
     hk, hv = state
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv)):
-        return reference_step(q, k, v, g, s, state, scale)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv))
+    # The kernel's offsets inside of a head have 32 bits.
+    if differentiable or max(*hk.stride()[2:], *hv.stride()[2:]) > 2**21:
+        return reference_step(q, k, v, g, s, state, scale, in_place)
+    compiling = torch.compiler.is_compiling()
     if in_place:
-        o = step_in_place(q, k, v, g, s, hk, hv, float(scale))
+        o = (_in_place_op if compiling else step_in_place)(q, k, v, g, s, hk, hv, float(scale))
     else:
-        o, hk, hv = step_anew(q, k, v, g, s, hk, hv, float(scale))
+        o, hk, hv = (_anew_op if compiling else step_anew)(q, k, v, g, s, hk, hv, float(scale))
     return o, (hk, hv)
 
 
@@ -225,6 +232,21 @@ def step_anew(
     # A state with gaps or repeats in memory is copied first: one set of strides then serves both.
     hk, hv = (x if x.stride() == y.stride() else y.copy_(x) for x, y in zip((hk, hv), new, strict=True))
     return launch(q, k, v, g, s, (hk, hv), new, scale), *new
+
+
+# What torch.compile sees of a step: one opaque operation, without a break of its graph.
+_in_place_op = torch.library.custom_op("flash_gsa::step_in_place", step_in_place, mutates_args=("hk", "hv"))
+_anew_op = torch.library.custom_op("flash_gsa::step_anew", step_anew, mutates_args=())
+
+
+@_in_place_op.register_fake
+def _(q, k, v, g, s, hk, hv, scale):
+    return q.new_empty(*q.shape[:2], v.shape[2])
+
+
+@_anew_op.register_fake
+def _(q, k, v, g, s, hk, hv, scale):
+    return q.new_empty(*q.shape[:2], v.shape[2]), torch.empty_like(hk), torch.empty_like(hv)
 
 
 def launch(

@@ -30,11 +30,14 @@ class Tiles:
     keys_backward: Tile
 
 
-def choose(dtype: torch.dtype, K: int, V: int, M: int) -> Tiles:
-    """Tiles for heads of width K and V and M slots."""
+def choose(dtype: torch.dtype, K: int, V: int, M: int, R: int) -> Tiles:
+    """Tiles for heads of width K and V, M slots, R query heads a group."""
     widest = max(16, 1 << (max(K, V) - 1).bit_length())
     half = dtype in (torch.bfloat16, torch.float16)
     narrow, wide = min(64, widest), min(128, widest)
+    if dtype == torch.bfloat16 and M <= 64 and R > 1:
+        walk, products = Tile(wide, 4, 3), Tile(wide, 4, 2)
+        return Tiles(64, walk, products, products, products, walk, products)
     if dtype == torch.bfloat16 and M <= 64:
         walk, products = Tile(wide, 4, 2), Tile(narrow, 8, 3)
         return Tiles(128, walk, products, products, products, walk, products)
