@@ -34,11 +34,12 @@ format: $(VENV)/.installed   ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-gpu: $(VENV)/.installed   ## everything that needs a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(VENV)/.installed   ## everything that needs a CUDA device; writes benchmarks/results/test_gpu.json
+	$(BIN)/python -m pytest -m gpu -n 4 --record benchmarks/results/test_gpu.json
 
-bench: $(VENV)/.installed   ## the operator's backends on this machine's CPU
-	$(BIN)/python -m benchmarks.op_cpu
+bench: $(VENV)/.installed   ## the operator on this machine's CPU: result, pictures, tables in the documents
+	$(BIN)/flash-gsa bench op --device cpu --output benchmarks/results/op_cpu.json --plots docs/results
+	$(BIN)/python -m benchmarks.render
 
 clean:           ## remove the environment and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.about import about
+from flash_gsa.benchmarking.about import about
 from flash_gsa.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

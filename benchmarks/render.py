@@ -12,26 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import minutes, table, told
+from benchmarks.operator_table import operator
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/results/README.md")
 BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def told(about: dict[str, Any]) -> str:
-    """One line: where, when and with what."""
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name != "flash-gsa")
-    threads = f", {about['threads']} threads" if about.get("threads") else ""
-    return f"`{about['command']}` · {about['device']}{threads} · {versions} · {about['date'][:10]} · {about['commit']}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
-def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -87,39 +74,30 @@ def prose_15m(result: dict[str, Any]) -> str:
     )
 
 
-def op_cpu(result: dict[str, Any]) -> str:
-    def name(record: dict[str, Any]) -> str:
-        s = record["shape"]
-        heads = f"H {s['H']}" if s["HQ"] == s["H"] else f"HQ {s['HQ']}, H {s['H']}"
-        packed = f", {len(s['lengths'])} packed" if s["lengths"] else ""
-        return f"B {s['B']}, T {s['T']}, {heads}{packed}"
-
-    times: dict[str, dict[str, float]] = {}
-    for record in result["results"]:
-        if record["pass"] == "forward + backward":
-            times.setdefault(name(record), {})[record["backend"]] = record["seconds"] * 1e3
-    rows = []
-    for shape, time in times.items():
-        reference = time.get("reference")
-        ratio = f"{reference / time['chunk']:.0f}×" if reference else "–"
-        rows.append([shape, f"{reference:.0f}" if reference else "–", f"{time['chunk']:.1f}", ratio])
-    header = ["K = V = M = 64, float32", "`reference` ms", "`chunk` ms", "faster"]
-    return "\n\n".join([table(header, rows), told(result["about"])])
-
-
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    function.__name__: function for function in (demo, mqar_tiny, prose_15m, op_cpu)
+    "demo": demo,
+    "mqar_tiny": mqar_tiny,
+    "prose_15m": prose_15m,
+    "op_cpu": operator,
+    "op_gpu": operator,
 }
 
 
 def load(name: str) -> dict[str, Any]:
     """benchmarks/results/NAME.json."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def block(name: str) -> str:
+    """What stands in a block of that name."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet."
+    return RENDERERS[name](load(name))
 
 
 def rendered(text: str) -> str:
     """A document with its blocks made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{RENDERERS[m[2]](load(m[2]))}\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}{block(m[2])}\n{m[3]}", text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,12 +12,22 @@ from ._auto_classes import register_when_imported
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .layers import GatedSlotAttention, SoftmaxAttention
+    from .layers import HGRN2, GatedLinearAttention, GatedSlotAttention, MultiScaleRetention, SoftmaxAttention
     from .models import GSACache, GSAConfig, GSAForCausalLM, GSAModel
-    from .ops import abc_gates, abc_gates_step, gated_slot_attention, gated_slot_attention_step
+    from .ops import (
+        abc_gates,
+        abc_gates_step,
+        gated_linear_attention,
+        gated_linear_attention_step,
+        gated_slot_attention,
+        gated_slot_attention_step,
+    )
 
 _HOME = {
+    "GatedLinearAttention": "layers",
     "GatedSlotAttention": "layers",
+    "HGRN2": "layers",
+    "MultiScaleRetention": "layers",
     "SoftmaxAttention": "layers",
     "GSACache": "models",
     "GSAConfig": "models",
@@ -25,6 +35,8 @@ _HOME = {
     "GSAModel": "models",
     "abc_gates": "ops",
     "abc_gates_step": "ops",
+    "gated_linear_attention": "ops",
+    "gated_linear_attention_step": "ops",
     "gated_slot_attention": "ops",
     "gated_slot_attention_step": "ops",
 }

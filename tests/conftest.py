@@ -5,6 +5,8 @@ import signal
 import pytest
 import torch
 
+pytest_plugins = ["tests.record"]  # --record FILE
+
 # A test run started in the background by a script may have inherited an ignored SIGINT, and would pass that on to the
 # programs whose reaction to Ctrl-C is tested.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flash_gsa.cli import demo, doctor, evaluate, generate, inspect, recipes, train
+from flash_gsa.cli import bench, demo, doctor, evaluate, generate, inspect, recipes, train
 from flash_gsa.errors import UsageError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.bench, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

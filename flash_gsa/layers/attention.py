@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .convolution import positions
+from .rotary import count_tokens, rotate, rotation
 
 
 class SoftmaxAttention(nn.Module):
@@ -16,7 +16,7 @@ class SoftmaxAttention(nn.Module):
 
         o_t = Σ_{t-W < j ≤ t} softmax_j(⟨R_t q_t, R_j k_j⟩ / √D) v_j
 
-    with R_t the rotation by angles t·θ^{-2i/D} of the pairs (i, i + D/2).
+    with R_t the rotation by angles t·θ^{-2i/D} of the pairs (i, i + D/2), t counting the tokens without padding.
 
     Args:
         hidden_size: d; head dimension D = d / num_heads, which must be even.
@@ -30,7 +30,8 @@ class SoftmaxAttention(nn.Module):
     Raises:
         UsageError: sizes that do not divide.
 
-    Source: Vaswani et al., 2017; rotary positions: Su et al., 2021.
+    Source: Vaswani et al., 2017; rotary positions: Su et al., 2021; grouped queries: Ainslie et al., 2023. Parameter
+    names are those of Llama's attention.
     """
 
     def __init__(
@@ -82,18 +83,14 @@ class SoftmaxAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
         past = None if cache is None else cache.get(self.layer_idx)
-        if cu_seqlens is not None:
-            if past is not None or cache is not None:
-                raise UsageError(
-                    "softmax attention cannot carry a cache over packed sequences; "
-                    "run them one at a time or as a padded batch"
-                )
-            position = positions(cu_seqlens, T, x.device)
-        else:
-            seen = 0 if past is None else past["seen"]
-            position = torch.arange(seen, seen + T, device=x.device)
-        cos, sin = self._rotation(position)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if cu_seqlens is not None and cache is not None:
+            raise UsageError(
+                "softmax attention cannot carry a cache over packed sequences; "
+                "run them one at a time or as a padded batch"
+            )
+        position, seen = count_tokens(x, 0 if past is None else past["seen"], attention_mask, cu_seqlens)
+        turn = rotation(position, self.head_dim, self.rope_theta)
+        q, k = rotate(q, *turn), rotate(k, *turn)
 
         if cu_seqlens is not None:
             o = self._packed(q, k, v, cu_seqlens)
@@ -119,7 +116,7 @@ class SoftmaxAttention(nn.Module):
                     "k": k[:, keep],
                     "v": v[:, keep],
                     "real": None if real is None else real[:, keep],
-                    "seen": seen + T,
+                    "seen": seen,
                 }
         return self.o_proj(o.flatten(-2))
 
@@ -150,18 +147,17 @@ class SoftmaxAttention(nn.Module):
         return o.transpose(1, 2)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed sequences as a batch padded on the right, which causal rows never look at."""
+        """Packed sequences as batches padded on the right, which causal rows never look at."""
         lengths = cu_seqlens.to("cpu").diff().tolist()
-        q, k, v = (nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True) for x in (q, k, v))
-        o = self._attend(q, k, v, None)
-        return torch.cat([o[i, :n] for i, n in enumerate(lengths)])[None]
-
-    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        pair = torch.arange(0, self.head_dim, 2, device=position.device, dtype=torch.float32)
-        angle = position.float()[:, None] * self.rope_theta ** (-pair / self.head_dim)
-        return angle.cos()[:, None], angle.sin()[:, None]  # [T, 1, D/2]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        q, k, v = (x[0].split(lengths) for x in (q, k, v))
+        alike: dict[int, list[int]] = {}
+        for n, length in enumerate(lengths):
+            if length:
+                # One batch for all lengths in (2^{i-1}, 2^i]: one long sequence does not stretch a hundred short ones.
+                alike.setdefault((length - 1).bit_length(), []).append(n)
+        o = list(q)  # right for empty sequences, replaced for all others
+        for batch in alike.values():
+            rows = [nn.utils.rnn.pad_sequence([x[n] for n in batch], batch_first=True) for x in (q, k, v)]
+            for n, y in zip(batch, self._attend(rows[0], rows[1], rows[2], None), strict=True):
+                o[n] = y[: lengths[n]]
+        return torch.cat(o)[None]

@@ -4,18 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .feature_maps import ACTIVATIONS
+
 
 class ShortConvolution(nn.Module):
-    """y_t = SiLU(Σ_{i<W} w_i ∘ x_{t-W+1+i}), each channel on its own, inputs before the sequence being 0.
+    """y_t = ψ(Σ_{i<W} w_i ∘ x_{t-W+1+i}), each channel on its own, inputs before the sequence being 0.
 
     Args:
         channels: D.
         width: W ≥ 2 taps.
+        activation: ψ, "swish" or "identity".
     """
 
-    def __init__(self, channels: int, width: int = 4):
+    def __init__(self, channels: int, width: int = 4, activation: str = "swish"):
         super().__init__()
         self.channels, self.width = channels, width
+        self.activation = ACTIVATIONS[activation]
         # [D, 1, W] as in nn.Conv1d and in published checkpoints.
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
@@ -44,7 +48,7 @@ class ShortConvolution(nn.Module):
             y = F.conv1d(padded.transpose(1, 2), self.weight, groups=self.channels).transpose(1, 2)
         else:
             y = self._packed(padded, cu_seqlens)
-        return F.silu(y), padded[:, x.shape[1] :]
+        return self.activation(y), padded[:, x.shape[1] :]
 
     def _packed(self, padded: Tensor, cu_seqlens: Tensor) -> Tensor:
         T = padded.shape[1] - self.width + 1

@@ -11,9 +11,10 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
     """One entry a layer, replaced whole by the layer at every forward pass.
 
     A GSA layer's entry holds `state`: (hk [B, H, K, M], hv [B, H, M, V]) float32, and, where the layer has them, `conv`
-    (the last inputs of its short convolutions) and `normalizer` (ABC). A softmax-attention layer's holds
-    `k`, `v` [B, L, H, D], `real` [B, L] (which of them are tokens; None: all) and `seen`. The former are of
-    constant size in the sequence's length; the latter grow up to the window.
+    (the last inputs of its short convolutions) and `normalizer` (ABC). One of gated linear attention (GLA, HGRN2,
+    RetNet) holds `state` [B, H, K, V] float32, `conv` and, in RetNet, `seen` [B], the tokens so far. One of softmax
+    attention holds `k`, `v` [B, L, H, D], `real` [B, L] (which of them are tokens; None: all) and `seen`. These
+    grow with the sequence, up to the window; all others are of constant size.
 
     The methods are those that `transformers`' `generate()` calls.
     """

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from ..errors import UsageError, did_you_mean
-from ..layers import MIXERS
+from ..layers import MIXERS, PUBLISHED
 
 logger = logging.get_logger(__name__)
 
@@ -25,24 +25,31 @@ _MEANINGLESS = {
     "use_l2warp",
     "use_output_gate",
 }
+# Settings whose default depends on the token mixer.
+_OPEN = ("num_heads", "expand_k", "expand_v", "feature_map", "gate_logit_normalizer")
 _ATTENTION_KEYS = ("layers", "num_heads", "num_kv_heads", "window_size", "rope_theta", "qkv_bias")
 
 
 class GSAConfig(PretrainedConfig):
     """Configuration of `GSAModel` and `GSAForCausalLM` (model_type "gsa").
 
-    Defaults are the published 1.3B model's.
+    Defaults are those of the token mixer's published 1.3B model; where they differ between mixers, the setting is None
+    in the signature, and `flash_gsa.layers.PUBLISHED` has the numbers.
 
     Args:
         vocab_size: number of token ids.
         hidden_size: d, width of the residual stream.
         num_hidden_layers: blocks.
         intermediate_size: width of the SwiGLU MLP; None: 2/3·hidden_ratio·d rounded up to a multiple of 256.
-        hidden_ratio: see intermediate_size; excluded by it.
-        token_mixer: what mixes tokens in every block: "gsa", or "attention" (softmax, the baseline).
-        num_heads, num_kv_heads, num_slots, expand_k, expand_v, feature_map, value_activation, output_activation,
-        gating, gate_source, gate_logit_normalizer, use_short_conv, conv_size, use_norm, elementwise_affine:
-            of the GSA layers, see `flash_gsa.layers.GatedSlotAttention`.
+        hidden_ratio: see intermediate_size; excluded by it. None: 4, or for "retnet", whose mixer is wider, 2.
+        token_mixer: what mixes tokens in every block: "gsa", "gla", "hgrn2", "retnet", or "attention" (softmax). Each
+            reads the settings of its own layer among those below and leaves the others alone, so that a configuration
+            is moved to another mixer by this one value.
+        num_heads, num_kv_heads: of every mixer.
+        expand_k, expand_v, feature_map, use_short_conv, conv_size, elementwise_affine: of the recurrent ones, see
+            `flash_gsa.layers.GatedSlotAttention`, `GatedLinearAttention`, `HGRN2`, `MultiScaleRetention` there.
+        gate_logit_normalizer: of "gsa" and "gla". gate_low_rank_dim: of "gla".
+        num_slots, value_activation, output_activation, gating, gate_source, use_norm: of "gsa".
         attn: hybrid layers, softmax attention at the depths `layers`: a dictionary with `layers` (list of block
             indices; not given when token_mixer is "attention") and, optionally, `num_heads`, `num_kv_heads`,
             `window_size`, `rope_theta`, `qkv_bias`, see `flash_gsa.layers.SoftmaxAttention`.
@@ -67,17 +74,18 @@ class GSAConfig(PretrainedConfig):
         intermediate_size: int | None = None,
         hidden_ratio: float | None = None,
         token_mixer: str = "gsa",
-        num_heads: int = 4,
+        num_heads: int | None = None,
         num_kv_heads: int | None = None,
         num_slots: int = 64,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
-        feature_map: str = "swish",
+        expand_k: float | None = None,
+        expand_v: float | None = None,
+        feature_map: str | None = None,
         value_activation: str = "swish",
         output_activation: str = "swish",
         gating: str = "gsa",
         gate_source: str = "f_proj",
-        gate_logit_normalizer: float = 8.0,
+        gate_logit_normalizer: float | None = None,
+        gate_low_rank_dim: int = 16,
         use_short_conv: bool = False,
         conv_size: int = 4,
         use_norm: bool = True,
@@ -98,6 +106,7 @@ class GSAConfig(PretrainedConfig):
         for wrong, right in _RENAMED.items():
             if wrong in kwargs:
                 settings[right] = kwargs.pop(wrong)
+        _check_mixer(token_mixer, kwargs)
         dropped = sorted(_MEANINGLESS & kwargs.keys())
         for name in dropped:
             kwargs.pop(name)
@@ -112,10 +121,13 @@ class GSAConfig(PretrainedConfig):
                     f"GSAConfig has no setting {name!r}.{did_you_mean(name, own)} Settings: {', '.join(own)}"
                 )
 
+        for name in _OPEN:
+            if settings[name] is None:
+                settings[name] = PUBLISHED[token_mixer][name]
         _check(settings)
         settings["hidden_act"] = "swish"
         if intermediate_size is None:
-            ratio = 4 if hidden_ratio is None else hidden_ratio
+            ratio = PUBLISHED[token_mixer]["hidden_ratio"] if hidden_ratio is None else hidden_ratio
             intermediate_size = 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
         settings |= {"intermediate_size": intermediate_size, "hidden_ratio": None}
         special = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
@@ -155,8 +167,19 @@ def _base_keys() -> set[str]:
     )
 
 
+def _check_mixer(name: Any, dropped: dict[str, Any]) -> None:
+    if not isinstance(name, str) or name not in MIXERS:
+        raise UsageError(
+            f"token_mixer={name!r} is not known; choose one of {', '.join(MIXERS)}." + did_you_mean(str(name), MIXERS)
+        )
+    if name in ("gla", "retnet") and not dropped.get("use_output_gate", True):
+        raise UsageError(f"use_output_gate=False: the output gate is part of token_mixer={name!r}; leave it out")
+    if name == "gla" and dropped.get("clamp_min") is not None:
+        raise UsageError(f"clamp_min={dropped['clamp_min']}: gates need no clamping here; leave it out")
+
+
 def _check(c: dict[str, Any]) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_slots"):
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "num_slots", "gate_low_rank_dim"):
         if isinstance(c[name], bool) or not isinstance(c[name], int) or c[name] < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, got {c[name]!r}")
     for name in ("num_kv_heads", "intermediate_size"):
@@ -183,11 +206,6 @@ def _check(c: dict[str, Any]) -> None:
             )
     if c["hidden_act"] not in ("swish", "silu"):
         raise UsageError(f"hidden_act must be 'swish' (the MLP is a SwiGLU), got {c['hidden_act']!r}")
-    if c["token_mixer"] not in MIXERS:
-        raise UsageError(
-            f"token_mixer={c['token_mixer']!r} is not known; choose one of {', '.join(MIXERS)}."
-            + did_you_mean(str(c["token_mixer"]), MIXERS)
-        )
     attn = c["attn"]
     if attn is None:
         return

@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..errors import UsageError
-from ..layers import MIXERS, GatedSlotAttention, RMSNorm, ShortConvolution
+from ..layers import HGRN2, MIXERS, GatedSlotAttention, RMSNorm, ShortConvolution
+from ..layers.hgrn2 import lower_bounds
 from .cache import GSACache
 from .configuration import GSAConfig
 
@@ -44,8 +45,10 @@ class GSABlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: GSACache | None = None,
+        lower_bound: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache)
+        own = {} if lower_bound is None else {"lower_bound": lower_bound}  # only HGRN2 layers are given one
+        x = x + self.attn(self.attn_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache, **own)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -76,6 +79,8 @@ class GSAPreTrainedModel(PreTrainedModel):
             loaded = getattr(module.f_bias, "_is_hf_initialized", False)
             if not loaded:
                 module.reset_gates()
+        elif isinstance(module, GSAModel) and module.lower_bounds is not None:
+            nn.init.zeros_(module.lower_bounds)
 
 
 class GSAModel(GSAPreTrainedModel):
@@ -86,6 +91,9 @@ class GSAModel(GSAPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GSABlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lower_bounds: nn.Parameter | None = None
+        if width := next((block.attn.kv_key_dim for block in self.layers if isinstance(block.attn, HGRN2)), None):
+            self.lower_bounds = nn.Parameter(torch.zeros(config.num_hidden_layers, width))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -150,8 +158,8 @@ class GSAModel(GSAPreTrainedModel):
         attention_mask = self._mask(attention_mask, cu_seqlens, x, cache)
 
         hidden = [x] if output_hidden_states else None
-        for block in self.layers:
-            x = block(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache)
+        for block, bound in zip(self.layers, self._lower_bounds(), strict=True):
+            x = block(x, attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache, lower_bound=bound)
             if hidden is not None:
                 hidden.append(x)
         x = self.norm(x)
@@ -165,6 +173,15 @@ class GSAModel(GSAPreTrainedModel):
             hidden_states=None if hidden is None else tuple(hidden),
         )
         return out if return_dict else out.to_tuple()
+
+    def _lower_bounds(self) -> list[Tensor | None]:
+        """For each block the lower bound of its forget gates, if it is HGRN2."""
+        if self.lower_bounds is None:
+            return [None] * len(self.layers)
+        bounds = lower_bounds(self.lower_bounds)
+        return [
+            bound if isinstance(block.attn, HGRN2) else None for block, bound in zip(self.layers, bounds, strict=True)
+        ]
 
     def _checked(self, input_ids: Tensor) -> Tensor:
         """Token ids inside the vocabulary, looked at where that costs no wait for a device."""

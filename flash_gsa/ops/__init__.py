@@ -1,6 +1,11 @@
-"""The operator: gated slot attention over sequences, one token at a time, and ABC as gates of it."""
+"""The operators: gated slot attention (ABC as gates of it) and gated linear attention, of sequences and one token."""
 
-from .api import gated_slot_attention, gated_slot_attention_step
+from .api import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+    gated_slot_attention,
+    gated_slot_attention_step,
+)
 from .gates import abc_gates, abc_gates_step
 from .registry import Backend, Problem, backend_names, explain, register_backend
 
@@ -11,6 +16,8 @@ __all__ = [
     "abc_gates_step",
     "backend_names",
     "explain",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
     "gated_slot_attention",
     "gated_slot_attention_step",
     "register_backend",

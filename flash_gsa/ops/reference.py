@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from .reference_linear import reference_linear_forward, reference_linear_step
 from .registry import Backend, State
 from .validation import state_dtype
 
@@ -27,20 +28,23 @@ def empty_state(q: Tensor, k: Tensor, v: Tensor, g: Tensor, sequences: int) -> S
     return q.new_zeros(sequences, H, K, M, dtype=dtype), q.new_zeros(sequences, H, M, V, dtype=dtype)
 
 
-def reference_step(q, k, v, g, s, state: State, scale: float) -> tuple[Tensor, State]:
+def reference_step(q, k, v, g, s, state: State, scale: float, in_place: bool = False) -> tuple[Tensor, State]:
     """One token of the recurrence; see `flash_gsa.gated_slot_attention_step`."""
-    hk, hv = state
-    dtype = hk.dtype
+    dtype = state_dtype(q)
     B, HQ, K = q.shape
     H = k.shape[1]
     g = g.to(dtype)
     s = write_strength(g) if s is None else s.to(dtype)
     decay = g.exp()
+    hk, hv = (x.to(dtype) for x in state)
     hk = hk * decay[..., None, :] + k.to(dtype)[..., :, None] * s[..., None, :]
     hv = hv * decay[..., :, None] + s[..., :, None] * v.to(dtype)[..., None, :]
     grouped = q.to(dtype).reshape(B, H, HQ // H, K) * scale
     p = torch.softmax(grouped @ hk, dim=-1)
-    return (p @ hv).reshape(B, HQ, -1).to(q.dtype), (hk, hv)
+    o = (p @ hv).reshape(B, HQ, -1).to(q.dtype)
+    if in_place:
+        return o, (state[0].copy_(hk), state[1].copy_(hv))
+    return o, (hk.to(state[0].dtype), hv.to(state[1].dtype))
 
 
 def reference_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens):
@@ -83,4 +87,6 @@ BACKEND = Backend(
     unsupported=lambda problem: None,
     priority=0,
     step=reference_step,
+    linear_forward=reference_linear_forward,
+    linear_step=reference_linear_step,
 )

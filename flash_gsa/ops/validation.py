@@ -1,4 +1,4 @@
-"""Every bad input of the operator refused with what was wrong, what was expected, what to do.
+"""Every bad input of the operators refused with what was wrong, what was expected, what to do.
 
 Shapes and dtypes are always checked; they cost nothing. Values (gates above 0, `cu_seqlens` out of
 order) are checked whenever the tensor is on the CPU. On a GPU a look at values makes the host wait for
@@ -44,11 +44,32 @@ def check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens) -> None:
         _check_state("initial_state", initial_state, sequences, q, k, v, g)
 
 
-def check_step(q, k, v, g, s, state, scale) -> None:
+def check_step(q, k, v, g, s, state, scale, in_place=False) -> None:
     """Check the arguments of `gated_slot_attention_step`; raises UsageError."""
     _check_tensors(q, k, v, g, s, names=("B",))
     _check_scale(scale)
-    _check_state("state", state, q.shape[0], q, k, v, g)
+    _check_state("state", state, q.shape[0], q, k, v, g, bfloat16_too=True)
+    if in_place:
+        _check_in_place(state, (q, k, v, g, s))
+
+
+def check_linear_sequence(q, k, v, g, scale, initial_state, cu_seqlens) -> None:
+    """Check the arguments of `gated_linear_attention`; raises UsageError."""
+    _check_linear_tensors(q, k, v, g, names=("B", "T"))
+    _check_scale(scale)
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q.shape)
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        _check_linear_state("initial_state", initial_state, sequences, q, k, v)
+
+
+def check_linear_step(q, k, v, g, state, scale) -> None:
+    """Check the arguments of `gated_linear_attention_step`; raises UsageError."""
+    _check_linear_tensors(q, k, v, g, names=("B",))
+    _check_scale(scale)
+    _check_linear_state("state", state, q.shape[0], q, k, v)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
@@ -95,12 +116,33 @@ def check_gates(name: str, g: Tensor) -> None:
 
 def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
     tensors = {"q": q, "k": k, "v": v, "g": g} | ({} if s is None else {"s": s})
-    lead = len(names)
+    _check_common(tensors, names, gates="H, M")
+    if s is not None and s.shape[-1] != g.shape[-1]:
+        raise UsageError(f"s must have g's number of slots M = {g.shape[-1]}, got {s.shape[-1]}")
+    if 0 in (k.shape[-1], v.shape[-1], g.shape[-1]):
+        raise UsageError(f"K, V and M must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}, M = {g.shape[-1]}")
+    check_gates("g", g)
+
+
+def _check_linear_tensors(q, k, v, g, names: tuple[str, ...]) -> None:
+    _check_common({"q": q, "k": k, "v": v, "g": g}, names, gates="H, K")
+    if 0 in (k.shape[-1], v.shape[-1]):
+        raise UsageError(f"K and V must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}")
+    if g.shape[-1] not in (1, k.shape[-1]):
+        raise UsageError(
+            f"g must have one gate for each of the K = {k.shape[-1]} dimensions of a key, or 1 for all of them, "
+            f"got {g.shape[-1]}"
+        )
+    check_gates("g", g)
+
+
+def _check_common(tensors: dict, names: tuple[str, ...], gates: str) -> None:
+    q, k, lead = tensors["q"], tensors["k"], len(names)
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise UsageError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != lead + 2:
-            last = {"q": "HQ, K", "k": "H, K", "v": "H, V"}.get(name, "H, M")
+            last = {"q": "HQ, K", "k": "H, K", "v": "H, V"}.get(name, gates)
             raise UsageError(
                 f"{name} must have {lead + 2} dimensions [{', '.join(names)}, {last}], got {list(x.shape)}"
             )
@@ -130,11 +172,6 @@ def _check_tensors(q, k, v, g, s, names: tuple[str, ...]) -> None:
         )
     if q.shape[-1] != k.shape[-1]:
         raise UsageError(f"q and k must have one head dimension K: q has {q.shape[-1]}, k has {k.shape[-1]}")
-    if s is not None and s.shape[-1] != g.shape[-1]:
-        raise UsageError(f"s must have g's number of slots M = {g.shape[-1]}, got {s.shape[-1]}")
-    if 0 in (k.shape[-1], v.shape[-1], g.shape[-1]):
-        raise UsageError(f"K, V and M must be at least 1, got K = {k.shape[-1]}, V = {v.shape[-1]}, M = {g.shape[-1]}")
-    check_gates("g", g)
 
 
 def _check_scale(scale) -> None:
@@ -142,24 +179,48 @@ def _check_scale(scale) -> None:
         raise UsageError(f"scale must be a finite Python number, got {scale!r}")
 
 
-def _check_state(name: str, state, sequences: int, q, k, v, g) -> None:
+def _check_state(name: str, state, sequences: int, q, k, v, g, bfloat16_too: bool = False) -> None:
     heads, K, V, M = k.shape[-2], k.shape[-1], v.shape[-1], g.shape[-1]
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         raise UsageError(f"{name} must be a pair (hk, hv), got {type(state).__name__}")
+    half = bfloat16_too and q.dtype != torch.float64 and all(getattr(x, "dtype", None) == torch.bfloat16 for x in state)
     for part, x, shape, letters in (
         ("hk", state[0], (sequences, heads, K, M), "[N, H, K, M]"),
         ("hv", state[1], (sequences, heads, M, V), "[N, H, M, V]"),
     ):
-        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        _check_one_state(f"{name}'s {part}", x, shape, letters, q, torch.bfloat16 if half else state_dtype(q))
+
+
+def _check_linear_state(name: str, state, sequences: int, q, k, v) -> None:
+    _check_one_state(name, state, (sequences, *k.shape[-2:], v.shape[-1]), "[N, H, K, V]", q, state_dtype(q))
+
+
+def _check_one_state(name: str, x, shape: tuple[int, ...], letters: str, q, dtype: torch.dtype) -> None:
+    if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(
+            f"{name} must have shape {letters} = {list(shape)}, got {got} "
+            "(N is the batch size, or with cu_seqlens the number of packed sequences)"
+        )
+    if x.dtype != dtype:
+        raise UsageError(f"{name} must be {dtype} for {q.dtype} inputs, got {x.dtype}; convert with .to({dtype})")
+    if x.device != q.device:
+        raise UsageError(f"{name} is on {x.device}, but q is on {q.device}")
+
+
+def _check_in_place(state, inputs) -> None:
+    for part, x in zip(("hk", "hv"), state, strict=True):
+        if x.requires_grad:
             raise UsageError(
-                f"{name}'s {part} must have shape {letters} = {list(shape)}, got {got} "
-                "(N is the batch size, or with cu_seqlens the number of packed sequences)"
+                f"in_place=True overwrites state's {part}, which requires grad; give its .detach(), or in_place=False"
             )
-        if x.dtype != state_dtype(q):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise UsageError(
-                f"{name}'s {part} must be {state_dtype(q)} for {q.dtype} inputs, got {x.dtype}; "
-                f"convert with .to({state_dtype(q)})"
+                f"in_place=True overwrites state's {part}, whose elements share memory (strides {list(x.stride())}: "
+                "it was expanded); give its .contiguous(), or in_place=False"
             )
-        if x.device != q.device:
-            raise UsageError(f"{name}'s {part} is on {x.device}, but q is on {q.device}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise UsageError(
+            "in_place=True has no gradient, but an input requires grad; call it under torch.no_grad() or "
+            "torch.inference_mode(), or give in_place=False"
+        )

@@ -92,12 +92,28 @@ def test_packed_is_a_loop_over_sequences(options):
         torch.testing.assert_close(packed[:, a:b], mixer(x[:, a:b]), **CLOSE)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_sequences_are_padded_to_less_than_twice_their_length(monkeypatch):
+    seen = []
+
+    def recorded(q, *rest, original=torch.nn.functional.scaled_dot_product_attention, **options):
+        seen.append(q.shape[0] * q.shape[2])
+        return original(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    lengths = [100, 1, 2, 3, 0, 5, 1, 1, 9, 17, 33, 64, 65]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    layer()(inputs(B=1, T=sum(lengths)), cu_seqlens=bounds)
+    assert sum(lengths) <= sum(seen) < 2 * sum(lengths)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @pytest.mark.parametrize("options", VARIANTS, ids=name_of)
 def test_padding_changes_nothing(options, side):
+    if side == "inside" and "window_size" in options:
+        pytest.skip("a window counts places, so padding inside is not nothing to it")
     mixer, x = layer(**options), inputs()
     mask = torch.ones(2, 30, dtype=torch.int64)
-    mask[1, slice(0, 9) if side == "left" else slice(-9, None)] = 0
+    mask[1, {"left": slice(0, 9), "right": slice(-9, None), "inside": slice(10, 19)}[side]] = 0
     y = mixer(x, attention_mask=mask)
     real = mask[1].bool()
     torch.testing.assert_close(y[0], mixer(x[:1])[0], **CLOSE)

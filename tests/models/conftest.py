@@ -18,6 +18,10 @@ VARIANTS = [
     {"attn": {"layers": [0], "window_size": 5, "num_kv_heads": 1}, "use_short_conv": True},
     {"gating": "abc", "attn": {"layers": [0], "window_size": 3}},
     {"token_mixer": "attention"},
+    {"token_mixer": "gla", "use_short_conv": True, "num_kv_heads": 2},
+    {"token_mixer": "hgrn2"},
+    {"token_mixer": "retnet"},
+    {"token_mixer": "hgrn2", "attn": {"layers": [0]}, "use_short_conv": True},
 ]
 
 
@@ -33,7 +37,7 @@ def make(**settings) -> GSAForCausalLM:
 
 @pytest.fixture(params=VARIANTS, ids=name_of)
 def variant(request) -> dict:
-    """Every gating with and without convolutions, and hybrids."""
+    """Every mixer, every gating, with and without convolutions, and hybrids."""
     return request.param
 
 

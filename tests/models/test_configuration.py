@@ -104,6 +104,7 @@ WHOLE = (
     "num_hidden_layers",
     "num_heads",
     "num_slots",
+    "gate_low_rank_dim",
     "num_kv_heads",
     "intermediate_size",
 )
@@ -128,7 +129,13 @@ SWITCHES = ("use_short_conv", "use_norm", "elementwise_affine", "use_cache", "ti
         ({"something_else": 1}, "no setting 'something_else'. Settings: vocab_size"),
         ({"intermediate_size": 512, "hidden_ratio": 4}, "contradict each other; give one of them"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'swish'"),
-        ({"token_mixer": "gas"}, "token_mixer='gas' is not known; choose one of gsa, attention. Did you mean 'gsa'"),
+        (
+            {"token_mixer": "gas"},
+            "token_mixer='gas' is not known; choose one of gsa, gla, .*attention. Did you mean 'gsa'",
+        ),
+        ({"token_mixer": ["gsa"]}, r"token_mixer=\['gsa'\] is not known"),
+        ({"token_mixer": "gla", "use_output_gate": False}, "the output gate is part of token_mixer='gla'; leave it"),
+        ({"token_mixer": "gla", "clamp_min": -3.0}, "clamp_min=-3.0: gates need no clamping here; leave it out"),
         ({"attn": [0]}, "attn must be a dictionary"),
         ({"attn": {}}, "attn.layers must list the blocks"),
         ({"attn": {"layers": 3}}, "attn.layers must list the blocks"),

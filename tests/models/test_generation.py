@@ -95,9 +95,11 @@ def test_several_turns_after_left_padding(model, ids):
     assert torch.equal(second[1:, 4:], naive(model, prompt[1:, 4:]))
 
 
-@pytest.mark.parametrize("gating", ["gsa", "abc"])
-def test_padding_between_turns(tiny, ids, gating):
-    model = tiny(gating=gating)
+@pytest.mark.parametrize(
+    "settings", [{}, {"gating": "abc"}, *({"token_mixer": name} for name in ("gla", "hgrn2", "retnet", "attention"))]
+)
+def test_padding_between_turns(tiny, ids, settings):
+    model = tiny(**settings)
     cache = model(ids[:, :10]).past_key_values
     mask = torch.ones(2, 15, dtype=torch.int64)
     mask[1, 10:13] = 0

@@ -16,3 +16,11 @@ def backend(request) -> str:
     if None not in reasons:
         pytest.skip(f"{request.param}: {reasons[-1]}")
     return request.param
+
+
+@pytest.fixture(params=["triton", "chunk"])
+def gpu_backend(request) -> str:
+    """Every backend that is meant for GPUs, on a machine that has one; `helpers.call` skips what one cannot run."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param

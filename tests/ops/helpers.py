@@ -102,14 +102,20 @@ def make(case: Case, seed: int = 0) -> Tensors:
     return x
 
 
-def call(backend: str, x: Tensors, case: Case, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, hk, hv) of `backend`; skips the test where the backend says that it cannot."""
+def skip_unless_able(backend: str, x: Tensors, case: Case) -> None:
+    """Skip the test, with the reason, where the backend says that it cannot run x."""
     q, k, v, g = x["q"], x["k"], x["v"], x["g"]
     problem = Problem(
         *q.shape[:3], k.shape[2], k.shape[3], v.shape[3], g.shape[3], q.dtype, q.device.type, case.lengths is not None
     )
     if reason := dict(explain(problem))[backend]:
         pytest.skip(f"{backend}: {reason}")
+
+
+def call(backend: str, x: Tensors, case: Case, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, hk, hv) of `backend`; skips the test where the backend says that it cannot."""
+    skip_unless_able(backend, x, case)
+    q, k, v, g = x["q"], x["k"], x["v"], x["g"]
     o, state = gated_slot_attention(
         q,
         k,

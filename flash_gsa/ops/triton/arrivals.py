@@ -4,10 +4,11 @@ The P programs of a group each add PER_MEETING / P to their counter and wait unt
 counter therefore stands at a multiple of PER_MEETING between launches, whatever P was, and is never reset: the next
 launch, or the next replay of a captured one, goes on from there. It may wrap; only differences are looked at.
 
-Waiting ends only if every program of a group gets onto the chip while others of it wait there. Launchers split a
-group only while the whole grid fits at once, so nothing is assumed about the order in which programs start.
-Beside other kernels that end by themselves it has to wait for room; beside other launches that wait too, programs start
-in the order of their numbers, as on all NVIDIA hardware so far, so that at most one group a launch is waited for.
+Waiting ends only if every program of a group gets onto the chip while others of it wait there. Launchers split groups
+only while the whole grid fits at once; kernels beside it that end by themselves only delay it. Several launches that
+wait can fill the chip together (or less of it is there than the device says, under MPS). Then it matters that
+programs start in the order of their numbers, as they do on NVIDIA hardware: of each launch only the last group that
+has begun can be incomplete, so it needs room for no more than one group a launch.
 
 A launch must own its counters until it ends. Launches of one stream follow each other and share one set. A captured
 launch may be replayed on any stream, beside replays of others, so each gets a set of its own, for good; replays of one
@@ -50,8 +51,13 @@ def wait(counter, goal):
     tl.debug_barrier()
 
 
-def counters(groups: int, device: torch.device) -> Tensor:
-    """`groups` int32 counters for one launch on the current stream of `device`, the current device."""
+def meeting_place(groups: int, numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For one launch on the current stream of `device`, the current device: room for what its programs tell each
+    other, `numbers` of float32 with anything in them, and a counter a group."""
+    return torch.empty(numbers, dtype=torch.float32, device=device), _counters(groups, device)
+
+
+def _counters(groups: int, device: torch.device) -> Tensor:
     capturing = torch.cuda.is_current_stream_capturing()
     if device not in _stores and not capturing:
         _stores.setdefault(device, Store(_zeros(device)))

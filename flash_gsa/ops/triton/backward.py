@@ -36,7 +36,7 @@ from .chunks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def values_backward(
     q, v, g, s, until, shrunk, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite, cu_seqlens,
     chunk_sequence, first_chunk, T, sequences, scale,
@@ -104,7 +104,7 @@ def values_backward(
     store_rows(dgate + gates, total, left, 0, C, H * M, M, BM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def queries_backward(
     q, k, g, s, until, shrunk, level, levels, hk, dl, read_dl, dq, dgate, dwrite, cu_seqlens, chunk_sequence,
     first_chunk, T, sequences, scale,
@@ -164,12 +164,12 @@ def queries_backward(
     store_rows(dgate + gates, total, left, 0, C, H * M, M, BM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def states_backward(
     q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay,
-    cu_seqlens, segment_sequence, first_segment, first_chunk, T, sequences, key_scale, value_scale,
+    cu_seqlens, segment_sequence, first_segment, first_chunk, T, sequences, segment_chunks, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
     PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones;
@@ -185,13 +185,14 @@ def states_backward(
     if PACKED:
         if segment >= tl.load(first_segment + sequences):
             return
-    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, CHUNKS * C, PACKED)
+    span = segment_chunks * C
+    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, span, PACKED)
     if PACKED:
-        chunk = tl.load(first_chunk + n) + index * CHUNKS
+        chunk = tl.load(first_chunk + n) + index * segment_chunks
         behind = tl.load(first_segment + n + 1)
     else:
-        chunk = n * tl.cdiv(T, C) + index * CHUNKS
-        behind = first + tl.cdiv(T, CHUNKS * C)
+        chunk = n * tl.cdiv(T, C) + index * segment_chunks
+        behind = first + tl.cdiv(T, span)
     if LOCAL:
         if index == 0:
             return
@@ -218,7 +219,7 @@ def states_backward(
                 state = state * tl.exp(gates)[:, None]
                 state += tl.load(local + after * one + at_state, mask=inside, other=0.0)
 
-    steps = tl.minimum(tl.cdiv(end - start, C), CHUNKS).to(tl.int32)
+    steps = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
     all_gates = tl.zeros([BM], tl.float32)
     if not LOCAL:
         before = tl.load(states + ((chunk + steps - 1) * H + h) * one + at_state, mask=inside, other=0.0)
@@ -262,7 +263,7 @@ def states_backward(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def keys_backward(
     q, k, v, g, s, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed, dhk, dhv, dk, dv,
     ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,

@@ -17,7 +17,7 @@ BLOCK_8 = tl.constexpr(8)
 
 
 @triton.jit
-def locate(part, boundaries, part_sequence, first_part, T, SPAN: tl.constexpr, PACKED: tl.constexpr):
+def locate(part, boundaries, part_sequence, first_part, T, SPAN, PACKED: tl.constexpr):
     """Of the part'th stretch of SPAN tokens (chunk or segment): its sequence, its index there, its first token
     (the place among all tokens, int64), the sequence's end, and the first part of the sequence."""
     if PACKED:

@@ -22,15 +22,15 @@ from .chunks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def states_forward(
     k, v, kept, until, hk0, hv0, hk, hv, hkT, hvT, local_k, local_v, decay, cu_seqlens, segment_sequence,
-    first_segment, first_chunk, T, sequences,
+    first_segment, first_chunk, T, sequences, segment_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, CHUNKS: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
+    BM: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
     LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One slice of one state of one head through one segment, a stretch of CHUNKS chunks.
+    """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
 
     LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
     sum of its gates; of every segment but a sequence's last. Otherwise hk, hv [chunks, H, M, K | V], both states
@@ -44,12 +44,13 @@ def states_forward(
     if PACKED:
         if segment >= tl.load(first_segment + sequences):
             return
-    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, CHUNKS * C, PACKED)
-    is_last = end - start <= CHUNKS * C
+    span = segment_chunks * C
+    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, span, PACKED)
+    is_last = end - start <= span
     if PACKED:
-        chunk = tl.load(first_chunk + n) + index * CHUNKS
+        chunk = tl.load(first_chunk + n) + index * segment_chunks
     else:
-        chunk = n * tl.cdiv(T, C) + index * CHUNKS
+        chunk = n * tl.cdiv(T, C) + index * segment_chunks
     if LOCAL:
         if is_last:
             return
@@ -75,7 +76,7 @@ def states_forward(
                 state += tl.load(local + before * one + at_state, mask=inside, other=0.0)
 
     oc = tl.arange(0, C)
-    steps = tl.minimum(tl.cdiv(end - start, C), CHUNKS).to(tl.int32)
+    steps = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
     rows = x + (start * H + h) * size
     weights = kept + (start * H + h) * M
     sums = until + (start * H + h) * M
@@ -107,7 +108,7 @@ def states_forward(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def outputs(
     q, k, v, g, s, until, shrunk, level, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence, first_chunk, T,
     sequences, scale,

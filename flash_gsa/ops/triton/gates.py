@@ -9,7 +9,7 @@ from .chunks import BLOCK_8, locate, one_minus_exp
 FLOOR = tl.constexpr(-104.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def prepare(
     g, s, until, shrunk, kept, level, levels, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, RANGE: tl.constexpr,

@@ -7,8 +7,8 @@ V's columns):
 
 The sum over slices is all that programs must tell each other: each writes its part of ℓ [R, M], waits for the rest of
 its group (`arrivals`), and adds the parts up in their order, so that all have the same p and every run the same bits.
-While it waits its first tile of Ṽ is on the way. With P = 1 nothing is waited for. The R query heads of a group read
-the state while it is in registers.
+Before it waits it has loaded and updated its first tile of Ṽ. With P = 1 nothing is waited for. The R query heads of
+a group read the state while it is in registers.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..reference import reference_step
 from ..registry import State
-from .arrivals import PER_MEETING, arrive, counters, wait
+from .arrivals import PER_MEETING, arrive, meeting_place, wait
 from .chunks import one_minus_exp
 
 
@@ -165,6 +165,7 @@ def write_outputs(o, values, p, ov, row, V: tl.constexpr, R: tl.constexpr, ROWS:
 
 @triton.jit
 def write_output(o, values, p, mine, real):
+    """The same for the row of p that `mine` marks."""
     weights = tl.sum(tl.where(mine[:, None], p, 0.0), axis=0)
     read = tl.sum(values * weights[None, :], axis=1)
     tl.store(o, read.to(o.dtype.element_ty), mask=real)
@@ -187,8 +188,8 @@ def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Spli
     # `arrivals` wants. Slices under 16 rows are not worth a program, and every program reads R·P rows of parts.
     while programs * groups <= processors and 32 * programs <= min(K, V) and 2 * programs * R <= PER_MEETING:
         programs *= 2
-    # Numbers that are read one by one (M odd, say) need registers for their addresses.
-    tile = 1024 if M % 4 else 2048 if programs == 1 else 4096
+    # Rows that are no multiple of 16 numbers are read number by number, each with its address in a register.
+    tile = 1024 if K % 16 or V % 16 or M % 16 else 2048 if programs == 1 else 4096
     return Split(programs, tile, warps=4, stages=4 if programs == 1 else 3)
 
 
@@ -197,8 +198,8 @@ def triton_step(
 ) -> tuple[Tensor, State]:
     """`gated_slot_attention_step` as one launch; arguments as there, already validated.
 
-    hk may lie in memory as [K, M] or as [M, K], one as fast as the other; the new state lies as the given one does.
-    Where a gradient is wanted, the reference computes the step.
+    hk may lie in memory as [K, M] or as [M, K]; the new state lies as the given one does. Where a gradient is wanted,
+    the reference computes the step.
     """
     hk, hv = state
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv))
@@ -277,8 +278,7 @@ def launch(
     parts = arrived = None
     with torch.cuda.device_of(q):
         if P > 1:
-            parts = q.new_empty(groups * P * BR * BM, dtype=torch.float32)
-            arrived = counters(groups, q.device)
+            parts, arrived = meeting_place(groups, groups * P * BR * BM, q.device)
         step[(groups * P,)](
             q, k, v, g, s, *state, *new, o, parts, arrived,
             q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if s is None else s.stride(0),

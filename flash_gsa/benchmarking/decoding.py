@@ -1,0 +1,106 @@
+"""One decoding step, without what it costs to launch it, beside the copy of the state that it cannot do without."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_gsa.ops.reference import reference_step
+
+from .gate import Errors, compare, in_precision
+from .implementations import Implementation, Tensors, implementation
+from .measurements import open_device
+from .shapes import Shape
+from .timing import Cost, Stopwatch
+
+MOST_STEPS = 128
+"""Steps run one after the other in one timed call, at most."""
+
+
+def measure_decoding(
+    device: str, name: str, shape: Shape, budget: float, repeats: int, rotated_bytes: int
+) -> dict[str, Any]:
+    """One token of `shape.B` sequences by one implementation; "copy": the copy of their states instead.
+
+    Args:
+        rotated_bytes: states read and written by as many steps as make so many bytes, so that they come from memory
+            and not from a cache.
+    """
+    place = open_device(device)
+    record: dict[str, Any] = {"state_bytes": shape.state_bytes}
+    steps = max(1, min(MOST_STEPS, rotated_bytes // (2 * shape.state_bytes)))
+    if name == "copy":
+        states, targets = ([torch.randn(shape.state_bytes // 4, device=place) for _ in range(steps)] for _ in range(2))
+
+        def run() -> Any:
+            for state, target in zip(states, targets, strict=True):
+                target.copy_(state)
+
+    else:
+        candidate = implementation(name)
+        if reason := candidate.reason_against(shape, place):
+            return record | {"problem": f"not run: {reason}"}
+        errors = _step_errors(candidate, replace(shape, B=2), place)
+        record |= {"backend": candidate.backend(shape, place), "errors": errors.found}
+        if errors.problem:
+            return record | {"problem": f"wrong: {errors.problem}"}
+        states = [torch.randn(shape.state_bytes // 4, device=place) for _ in range(steps)]
+        x = candidate.inputs(shape, place)
+
+        def run() -> Any:
+            # The results are kept to the end, so that no two steps write to one place.
+            return [candidate.step(x, _split(state, shape)) for state in states]
+
+    with torch.no_grad():
+        cost = Stopwatch(place, budget, repeats).cost(_captured(run, place), flush=False)
+    each = Cost(cost.seconds / steps, cost.low / steps, cost.high / steps, cost.calls)
+    return record | asdict(each)
+
+
+def _step_errors(candidate: Implementation, shape: Shape, device: torch.device) -> Errors:
+    x = candidate.inputs(shape, device)
+    start = torch.randn(shape.state_bytes // 4, generator=torch.Generator(device).manual_seed(2), device=device)
+    token = {name: y[:, 0] for name, y in x.items()}
+
+    def define(dtype: torch.dtype) -> Tensors:
+        y = in_precision(token, dtype)
+        hk, hv = (part.to(dtype) for part in _split(start, shape))
+        return _named(reference_step(y["q"], y["k"], y["v"], y["g"], y.get("s"), (hk, hv), 1.0))
+
+    got = _named(candidate.step(x, _split(start, shape)))
+    return compare(got, define(torch.float64), define(torch.float32))
+
+
+def _named(step: tuple[Tensor, tuple[Tensor, Tensor]]) -> Tensors:
+    return {"o": step[0], "hk": step[1][0], "hv": step[1][1]}
+
+
+def _split(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Both states [B, H, K, M] and [B, H, M, V] in one stretch of memory."""
+    B, H, K, V, M = shape.B, shape.H, shape.K, shape.V, shape.M
+    hk, hv = flat.split([B * H * K * M, B * H * M * V])
+    return hk.view(B, H, K, M), hv.view(B, H, M, V)
+
+
+def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` as a CUDA graph, so that launches cost nothing; on a CPU `run` itself."""
+    if device.type != "cuda":
+        run()
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    replay()
+    return replay

@@ -1,0 +1,176 @@
+"""`flash-gsa bench`: what the operator costs on this machine."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flash_gsa.cli.checkpoint import DeviceOption
+from flash_gsa.errors import UsageError
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure what the operator costs on this machine, beside other implementations.",
+)
+PlotsOption = Annotated[
+    Path | None, typer.Option("--plots", help="Folder for pictures of the result (PNG).", metavar="FOLDER")
+]
+UNRECORDED = ("output", "plots")
+"""Options that decide where things go, not what is measured."""
+
+
+@bench.command("op")
+def op(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for everything measured, written anew as it grows.", metavar="FILE")
+    ] = None,
+    plots: PlotsOption = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes or families of them, e.g. 1.3B,7B-4x4096.",
+            metavar="NAME,…",
+            show_default="all for the device",
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure: auto, a backend's name, sdpa-cudnn, sdpa-flash, fla.",
+            metavar="NAME,…",
+            show_default="all that run here",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts of the benchmark: ceilings, shapes, decoding, lengths, cold_start.",
+            metavar="PART,…",
+            show_default="all",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of timed calls in one measurement.", metavar="SECONDS", show_default="0.5; on a CPU 1"
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Repeats within the budget, to show the spread.", metavar="N", show_default="3"),
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(help="Seconds after which one measurement is given up.", metavar="SECONDS")
+    ] = 600.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Give up what is not measured after so many minutes; peers that tune themselves come last.",
+            metavar="MINUTES",
+            show_default="no end",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All of it at tiny sizes, to see that it works; the figures mean nothing.")
+    ] = False,
+    cold_fla: Annotated[
+        bool, typer.Option("--cold-fla", help="Time FLA's start with empty caches too: about 8 minutes.")
+    ] = False,
+    device: DeviceOption = "auto",
+    commit: Annotated[
+        str | None,
+        typer.Option(help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
+    ] = None,
+) -> None:
+    """Measure time and memory of the operator, beside FLA and softmax attention where they are to be had.
+
+    Values come before speed: what differs from its definition in 64-bit numbers is reported as wrong and
+    not timed. Then: forward, and forward and backward, at the shapes of models; one decoding step; time and
+    memory against the length; the start of a new process with empty caches; and what the device can do at
+    best. A measurement that fails or takes too long is recorded as such, and the next begins.
+
+    Examples:
+
+    [bold]flash-gsa bench op --quick[/bold]
+
+    [bold]flash-gsa bench op --output op.json --plots pictures[/bold]
+
+    [bold]flash-gsa bench op --shapes 1.3B --peers auto,fla --only ceilings,shapes --output op.json[/bold]
+    """
+    from rich.console import Console
+
+    from flash_gsa.benchmarking.op import Options, benchmark
+    from flash_gsa.benchmarking.report import LEGEND, tables
+
+    options = Options(
+        device=device,
+        quick=quick,
+        shapes=_names(shapes),
+        peers=_names(peers),
+        only=_names(only),
+        budget=budget,
+        repeats=repeats,
+        limit=limit,
+        minutes=minutes,
+        cold_fla=cold_fla,
+        command=_command(context),
+        commit=commit,
+    )
+    result = benchmark(options, output)
+    console = Console()
+    for table in tables(result):
+        console.print(table, end="\n\n")
+    console.print(LEGEND, style="dim")
+    if output is not None:
+        print(f"written: {output}")
+    if plots is not None:
+        _draw(result, plots)
+
+
+@bench.command("plots")
+def plots(
+    result: Annotated[Path, typer.Argument(metavar="FILE", help="What `bench op --output` wrote.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pictures go (PNG).", show_default=False)],
+) -> None:
+    """Draw the pictures of a result file again.
+
+    Example: [bold]flash-gsa bench plots op.json pictures[/bold]
+    """
+    try:
+        found = json.loads(result.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{result} cannot be read: {error.strerror}; expected what `bench op --output` wrote"
+        ) from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"about", "shapes", "lengths"} <= found.keys():
+        raise UsageError(f"{result} is no result of `flash-gsa bench op --output FILE`")
+    _draw(found, folder)
+
+
+def _draw(result: dict[str, Any], folder: Path) -> None:
+    from flash_gsa.benchmarking.plots import draw
+
+    drawn = draw(result, folder)
+    print(f"drawn: {', '.join(str(path) for path in drawn)}" if drawn else "nothing to draw: no part of it ran")
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip()) if given else ()
+
+
+def _command(context: typer.Context) -> str:
+    """The command as typed, without where things go."""
+    words = ["flash-gsa", "bench", "op"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name in UNRECORDED or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join(words)

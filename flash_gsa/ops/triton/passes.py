@@ -1,0 +1,139 @@
+"""Forward and backward as sequences of launches: of gated slot attention, and of its second pass alone.
+
+All tensors are contiguous; states lie as [·, H, M, K | V]. An absent tensor is None.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backward, forward
+from .plan import Plan
+
+
+def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bool) -> tuple[tuple, tuple]:
+    """Room for (o, hkT, hvT), and for what kernels share and the backward needs; without `want_final` or `keep`, None
+    for what only they need."""
+    final = plan.boundary_states(q) if want_final else (None, None)
+    o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
+    p = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=plan.state_dtype) if keep else None
+    lse = q.new_empty(plan.B, plan.T, plan.HQ, dtype=torch.float32) if keep else None
+    return (o, *final), (*plan.gate_tensors(g), p, lse, *plan.states(q))
+
+
+def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
+    """((o, hkT, hvT), what the backward needs); the last two of the latter are the states before every chunk."""
+    plan = Plan(q, k, v, g, s is not None, cu_seqlens)
+    strength = g if s is None else s
+    results, shared = forward_tensors(plan, q, g, want_final, keep)
+    *gates, p, lse, hk, hv = shared
+    until, shrunk, kept, level, levels = gates
+    with torch.cuda.device_of(q):
+        plan.prepare(g, strength, gates)
+        _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
+        plan.launch(
+            forward.outputs, plan.tiles.outputs, plan.HQ,
+            q, k, v, g, strength, until, shrunk, level, levels, hk, hv, results[0], p, lse,
+            scale=scale, KEEP=keep, **plan.linear,
+        )  # fmt: skip
+    return results, shared
+
+
+def _states(plan: Plan, q, k, v, kept, until, hk0, hv0, hk, hv, final) -> None:
+    plan.walk(
+        forward.states_forward, plan.tiles.states, q, (k, v, kept, until, hk0, hv0, hk, hv, *final),
+        HAS_INITIAL=hk0 is not None, WANT_FINAL=final[0] is not None,
+    )  # fmt: skip
+
+
+def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float):
+    """Gradients of q, k, v, g, s and the initial states. The states in `shared` may be None: computed again."""
+    plan = Plan(q, k, v, g, s is not None, cu_seqlens)
+    strength = g if s is None else s
+    until, shrunk, kept, level, levels, p, lse, hk, hv = shared
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
+    dgate = torch.empty_like(g, dtype=torch.float32)
+    dwrite = None if s is None else torch.empty_like(dgate)
+    initial = plan.boundary_states(q) if hk0 is not None else (None, None)
+    parts = plan.slices(plan.tiles.states_backward)
+    passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        recompute = hk is None
+        if recompute:
+            hk, hv = plan.states(q)
+            _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
+        plan.launch(
+            backward.values_backward, plan.tiles.values_backward, plan.H,
+            q, v, g, strength, until, shrunk, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite,
+            scale=1.0, **plan.linear,
+        )  # fmt: skip
+        plan.launch(
+            backward.queries_backward, plan.tiles.queries_backward, plan.H,
+            q, k, g, strength, until, shrunk, level, levels, hk, dl, read_dl, dq, dgate, dwrite, scale=scale,
+        )  # fmt: skip
+        # States of one's own make room for their gradients as the walk goes.
+        dhk, dhv = (hk, hv) if recompute else plan.states(q)
+        plan.walk(
+            backward.states_backward, plan.tiles.states_backward, q,
+            (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
+            HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, key_scale=scale, value_scale=1.0,
+        )  # fmt: skip
+        plan.launch(
+            backward.keys_backward, plan.tiles.keys_backward, plan.H,
+            q, k, v, g, strength, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed,
+            dhk, dhv, dk, dv, dwrite, dgate, key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
+        )  # fmt: skip
+    return dq, dk, dv, dgate.to(g.dtype), None if s is None else dwrite.to(s.dtype), *initial
+
+
+def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
+    """Room for (o, hT), and for what kernels share and the backward needs."""
+    o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
+    final = plan.boundary_states(q)[1] if want_final else None
+    return (o, final), (*plan.gate_tensors(g), plan.states(q)[1])
+
+
+def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
+    """((o, hT), what the backward needs)."""
+    plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
+    *gates, h = shared
+    until, shrunk, kept, level, levels = gates
+    with torch.cuda.device_of(q):
+        plan.prepare(g, k, gates)
+        _states(plan, q, v, v, kept, until, h0, h0, h, h, (hT, hT))
+        plan.launch(
+            forward.outputs, plan.tiles.outputs, plan.HQ,
+            q, v, v, g, k, until, shrunk, level, levels, h, h, o, None, None, scale=scale, KEEP=False, **plan.linear,
+        )  # fmt: skip
+    return (o, hT), shared
+
+
+def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: float):
+    """Gradients of q, k, v, g and the initial state."""
+    plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    until, shrunk, kept, level, levels, h = shared
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    read = torch.empty_like(q, dtype=plan.state_dtype)
+    dgate, dwrite = (torch.empty_like(g, dtype=torch.float32) for _ in range(2))
+    dh = torch.empty_like(h)
+    dh0 = None if h0 is None else plan.boundary_states(q)[1]
+    parts = plan.slices(plan.tiles.states_backward)
+    passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        plan.launch(
+            backward.values_backward, plan.tiles.values_backward, plan.H,
+            q, v, g, k, until, shrunk, level, levels, h, None, None, do, dq, None, read, None, dgate, dwrite,
+            scale=scale, **plan.linear,
+        )  # fmt: skip
+        plan.walk(
+            backward.states_backward, plan.tiles.states_backward, q,
+            (do, do, until, read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
+            HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R, key_scale=scale, value_scale=scale,
+        )  # fmt: skip
+        plan.launch(
+            backward.keys_backward, plan.tiles.keys_backward, plan.H,
+            do, v, v, g, k, until, shrunk, kept, level, levels, do, q, q, read, read, dwrite, passed,
+            dh, dh, dv, dv, dk, dgate, key_scale=scale, value_scale=scale, PARTS=parts, **plan.linear,
+        )  # fmt: skip
+    return dq, dk, dv, dgate.to(g.dtype), dh0

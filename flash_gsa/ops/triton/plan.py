@@ -1,0 +1,152 @@
+"""How one call is cut into launches: chunks, segments, tile sizes, compile-time constants."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import gates
+from .tiles import choose
+
+# Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
+RANGE = 60.0
+# Programs that keep every multiprocessor busy; long sequences are cut into segments until there are as many.
+FILLING = 512
+
+
+def cdiv(a, b):
+    """a / b rounded up; also of torch.compile's symbolic integers."""
+    return -(-a // b)
+
+
+def padded(M: int) -> int:
+    """Slots as tiles hold them: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(M))
+
+
+class Parts:
+    """Sequences cut into stretches of `span` tokens: how many, and for packed sequences which is whose.
+
+    For packed sequences `count` is an upper bound that needs no look at the lengths; surplus programs return at once.
+    An empty sequence has one part if `at_least_one`.
+    """
+
+    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, at_least_one: bool = False):
+        self.span, self.cu_seqlens, self.at_least_one = span, cu_seqlens, at_least_one
+        self.count = B * cdiv(T, span) if cu_seqlens is None else T // span + cu_seqlens.numel() - 1
+
+    def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The sequence of every part, and the first part of every sequence [S+1]."""
+        if self.cu_seqlens is None:
+            return None, None
+        parts = (self.cu_seqlens.diff() + self.span - 1) // self.span
+        if self.at_least_one:
+            parts = parts.clamp(min=1)
+        first = torch.zeros(parts.numel() + 1, dtype=torch.int32, device=parts.device)
+        torch.cumsum(parts, 0, out=first[1:])
+        index = torch.arange(self.count, dtype=torch.int32, device=parts.device)
+        sequence = torch.searchsorted(first[1:], index, right=True, out_int32=True).clamp_(max=parts.numel() - 1)
+        return sequence.to(device, non_blocking=True), first.to(device, non_blocking=True)
+
+
+class Plan:
+    """How one call is cut: chunks, segments, tile sizes, compile-time constants.
+
+    `linear`: gated linear attention, which is the second pass alone: q takes the place of p and k that of s, over
+    M = K slots, so that there are no keys left: K = 0.
+    """
+
+    def __init__(self, q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False):
+        self.B, self.T, self.HQ, K = q.shape
+        self.K = 0 if linear else K
+        self.H, self.V, self.M = k.shape[2], v.shape[3], g.shape[3]
+        self.R = self.HQ // self.H
+        self.tiles = choose(q.dtype, self.K, self.V, self.M, self.R)
+        C = self.tiles.C
+        self.cu_seqlens, self.device = cu_seqlens, q.device
+        self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.chunks = Parts(self.B, self.T, C, cu_seqlens)
+        # At least 8 chunks a segment: cutting costs one more pass over the inputs.
+        walks = self.H * self.slices(self.tiles.states)
+        self.segment_chunks = max(8, cdiv(cdiv(self.B * self.T, C) * walks, FILLING))
+        self.split = self.segment_chunks * C < self.T
+        self.segments = Parts(self.B, self.T, self.segment_chunks * C, cu_seqlens, at_least_one=True)
+        half = q.dtype == torch.bfloat16
+        self.state_dtype = torch.bfloat16 if half else torch.float32
+        self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+        self.sizes = {"H": self.H, "M": self.M, "C": C, "PACKED": cu_seqlens is not None}
+        self.widths = {
+            "K": self.K,
+            "V": self.V,
+            "BM": padded(self.M),
+            # float16 has too little range for e^{±G}; its products with gates are done in TF32, of equal precision.
+            "DOT": tl.bfloat16 if half else tl.float32,
+            "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
+        }
+        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": padded(self.M) // 16}
+        self.linear = {"LINEAR": linear}
+
+    @functools.cached_property
+    def tables(self) -> tuple:
+        """What kernels over chunks, then what those over segments need to find their tokens."""
+        if self.cu_seqlens is None:
+            return (None, None, None, self.T, self.sequences), (None, None, None, None, self.T, self.sequences)
+        cu = self.cu_seqlens.to(self.device, torch.int32, non_blocking=True)
+        sequence, first = self.chunks.tables(self.device)
+        segments = self.segments.tables(self.device)
+        return (cu, sequence, first, self.T, self.sequences), (cu, *segments, first, self.T, self.sequences)
+
+    def slices(self, tile) -> int:
+        """Programs that share a head's states in a walk."""
+        return cdiv(self.K, tile.BD) + cdiv(self.V, tile.BD)
+
+    def states(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for both states at every chunk."""
+        return self._pair(like, self.chunks.count, self.state_dtype)
+
+    def boundary_states(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for both states of every sequence, before its first token or after its last: float32."""
+        return self._pair(like, self.sequences, torch.float32)
+
+    def _pair(self, like: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (
+            like.new_empty(count, self.H, self.M, self.K, dtype=dtype),
+            like.new_empty(count, self.H, self.M, self.V, dtype=dtype),
+        )
+
+    def gate_tensors(self, g: Tensor) -> tuple[Tensor, ...]:
+        """Room for until, shrunk, kept, level, levels: see `gates.prepare`."""
+        return (
+            torch.empty_like(g, dtype=self.sum_dtype),
+            torch.empty_like(g, dtype=self.state_dtype),
+            torch.empty_like(g, dtype=self.state_dtype),
+            torch.empty_like(g, dtype=torch.int8),
+            g.new_empty(self.chunks.count, self.H, self.near["SLICES"], dtype=torch.int32),
+        )
+
+    def prepare(self, g: Tensor, s: Tensor, out: tuple[Tensor, ...]) -> None:
+        """Fill `gate_tensors`."""
+        gates.prepare[(out[-1].numel(),)](g, s, *out, *self.tables[0], **self.sizes, **self.near, num_warps=1)
+
+    def walk(self, kernel, tile, like: Tensor, arguments, **options) -> None:
+        """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
+        slices = self.slices(tile)
+        grid = (self.segments.count * self.H * slices,)
+        table = (*self.tables[1], self.segment_chunks)
+        options |= self.sizes | self.widths | {"BD": tile.BD}
+        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        local = (None, None, None)
+        if self.split:
+            decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
+            local = (*self._pair(like, self.segments.count, torch.float32), decay)
+            kernel[grid](*arguments, *local, *table, **options, LOCAL=True, SPLIT=False)
+        kernel[grid](*arguments, *local, *table, **options, LOCAL=False, SPLIT=self.split)
+
+    def launch(self, kernel, tile, programs: int, *arguments, **constants) -> None:
+        """Launch a kernel over chunks and heads."""
+        kernel[(self.chunks.count * programs,)](
+            *arguments, *self.tables[0], **self.sizes, **self.widths, **self.near, **constants,
+            R=self.R, BD=tile.BD, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+"""A made-up machine with a GPU, so that what comes after the measuring can be tested without one."""
+
+from flash_gsa.benchmarking import measurements, op
+from flash_gsa.benchmarking.decoding import measure_decoding
+from flash_gsa.benchmarking.worker import Failed
+
+ABOUT = {
+    "command": "flash-gsa bench op",
+    "date": "2031-01-02T03:04:05+00:00",
+    "commit": "0123456789ab",
+    "device": "made-up GPU",
+    "cores": 4,
+    "threads": 2,
+    "load_before": 0.0,
+    "versions": {"python": "3.12.0", "flash-gsa": "0.1.0", "torch": "2.11.0"},
+}
+HERE = {
+    "about": ABOUT,
+    "device": "cuda:0",
+    "implementations": ["auto", "triton", "chunk", "reference", "sdpa-cudnn", "sdpa-flash", "fla"],
+    "backends": ["triton", "chunk"],
+    "decoders": ["auto", "triton", "chunk", "reference", "fla"],
+}
+SLOWNESS = {"auto": 1.0, "chunk": 30.0, "fla": 5.0, "sdpa-cudnn": 2.0, "sdpa-flash": 0.5, "copy": 0.9}
+
+
+def cost(seconds, memory=None):
+    return {"seconds": seconds, "low": 0.99 * seconds, "high": 1.01 * seconds, "calls": 9, "peak_bytes": memory}
+
+
+class MadeUpWorker:
+    """Answers at once: FLA is `wrong` at the 340M shape, the flash kernel fails at the 7B shape.
+
+    `asked` collects (function, implementation, shape), `limits` what time was left.
+    """
+
+    def __init__(self):
+        self.asked, self.limits = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        pass
+
+    def call(self, function, *arguments, limit):
+        if function is measurements.describe:
+            return HERE | {"about": ABOUT | {"command": arguments[1]}}
+        if function is measurements.measure_ceilings:
+            copied = cost(1.0) | {"bytes": 10**12, "bytes_per_second": 1e12}
+            product = cost(1.0) | {"size": 8192, "dtype": "bfloat16", "flops_per_second": 5e14}
+            return {"copy": copied, "product": product}
+        _, name, shape = arguments[:3]
+        self.asked.append((function, name, shape))
+        self.limits.append(limit)
+        backend = {"auto": "triton", "chunk": "chunk"}.get(name)
+        errors = {"o": (0.002, 0.03)}
+        if function is measure_decoding:
+            time = 1e-6 * shape.B * SLOWNESS[name]
+            return {"backend": backend, "errors": errors, "state_bytes": shape.state_bytes} | cost(time)
+        if name == "triton":
+            return {"problem": "not run: it is what auto runs"}
+        if (name, shape.name) == ("fla", "340M"):
+            return {"problem": "wrong: dg is off by 2.0e-01 of its norm (allowed: 3.3e-02)"}
+        if (name, shape.name) == ("sdpa-flash", "7B"):
+            raise Failed("out of memory")
+        time = 1e-8 * shape.tokens * SLOWNESS[name]
+        least = {} if name.startswith("sdpa") else {"least_bytes": 1000 * shape.tokens}
+        return {
+            "backend": backend,
+            "dtype": "bfloat16",
+            "first_call_seconds": 2.0,
+            "problem": None,
+            "errors": errors,
+            "full_size_errors": {"o": (0.004, 0.03)} if least else {},
+            "forward": cost(time, 2**20) | least,
+            "forward_backward": cost(3 * time, 2**22) | {name: 3 * value for name, value in least.items()},
+        }
+
+
+def cold_start(device, name, shape, limit):
+    return {"first": {"seconds": 20.0}, "second": {"seconds": 5.0}}
+
+
+def made_up_result(monkeypatch, **options):
+    """What the benchmark finds on that machine."""
+    monkeypatch.setattr(op, "measure_cold_start", cold_start)
+    return op.benchmark(op.Options(**options), say=lambda line: None, worker=MadeUpWorker())

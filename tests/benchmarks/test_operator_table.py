@@ -1,0 +1,52 @@
+"""The table of the operator says what the result file says, and names what has no figures."""
+
+import json
+
+from benchmarks import render
+from benchmarks.operator_table import operator
+from tests.benchmarking.made_up import made_up_result
+
+
+def rows(text):
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in cells if "---" not in row[0]]
+
+
+def test_times_memory_and_ratios(monkeypatch):
+    text = operator(made_up_result(monkeypatch, command="flash-gsa bench op"))
+    heading, forward, backward, *rest = rows(text)
+    assert heading == [
+        *("ms", "", "least", "flash-gsa", "FLA", "softmax, cuDNN", "softmax, flash", "faster than FLA"),
+        *("MiB, flash-gsa", "MiB, FLA"),
+    ]
+    # 16384 tokens at 10 ns each, and 1000 bytes each at 1 TB/s.
+    assert forward == ["1.3B-8x2048", "forward", "0.0164", "0.164", "0.819", "0.328", "0.0819", "**5.0×**", "1", "1"]
+    assert backward[1:5] == ["+ backward", "0.0492", "0.492", "2.46"]
+    assert backward[8:] == ["4", "4"]
+    by_name = {row[0]: row for row in rest if row[0]}
+    assert by_name["7B-4x4096"][6] == "failed"
+    assert by_name["340M-8x2048"][4] == "wrong"
+    assert by_name["340M-8x2048"][7] == "–"
+    assert "softmax, flash at 7B-4x4096: failed: out of memory." in text
+    assert "FLA at 340M-8x2048: wrong: dg is off by 2.0e-01" in text
+    assert by_name["64"][1:] == ["57.6", "64.0", "320.0"]
+    assert "takes 20 s with empty caches and 5 s with filled ones" in text
+    assert "1,000 GB/s" in text
+    assert text.splitlines()[-1].startswith("`flash-gsa bench op` · made-up GPU")
+
+
+def test_parts_that_were_not_measured_are_left_out(monkeypatch):
+    text = operator(made_up_result(monkeypatch, only=("decoding",)))
+    assert [row[0] for row in rows(text)][1:] == ["1", "8", "64", "256"]
+    assert "GB/s" not in text
+    text = operator(made_up_result(monkeypatch, only=("shapes",), peers=("auto",)))
+    assert rows(text)[0] == ["ms", "", "flash-gsa", "MiB, flash-gsa"]
+
+
+def test_a_block_without_a_result_file_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    text = "before\n<!-- result: op_gpu -->\nold\n<!-- end -->\nafter\n"
+    assert render.rendered(text) == "before\n<!-- result: op_gpu -->\nNot measured yet.\n<!-- end -->\nafter\n"
+    result = made_up_result(monkeypatch)
+    (tmp_path / "op_gpu.json").write_text(json.dumps(result))
+    assert operator(json.loads(json.dumps(result))) in render.rendered(text)

@@ -1,0 +1,158 @@
+"""A judge for any size, format and device: truth in float64, the same maths in low precision, and the verdict.
+
+Both are the operator unrolled over pairs of tokens, without chunks and without a recurrence,
+
+    W_tj = s_j e^{E_tj}, E_tj = Σ_{j<i≤t} g_i, e_t = e^{Σ_{i≤t} g_i}      (per slot; W_tj = 0 for j > t)
+    ℓ_t  = scale (Σ_j (q_t·k_j) W_tj + e_t ∘ K̃₀ q_t)                      p_t = softmax(ℓ_t)
+    o_t  = Σ_j (p_t·W_tj) v_j + Ṽ₀ᵀ (p_t ∘ e_t)
+    K̃_T  = Σ_j W_Tj ⊗ k_j + e_T ∘ K̃₀                                       (Ṽ_T likewise with v)
+
+every exponent being summed from the gates between its two ends: no gate is too strong. Time and memory go with T².
+
+`truth` does all of it in float64. `plain` is what any implementation with matrix units must lose: every product of
+two tensors, in the forward and in the backward, takes its factors rounded to the inputs' dtype and is summed in
+float32; all else is float32; results and gradients are rounded once, at the end, to the dtype of what they belong to.
+"""
+
+import torch
+from torch import Tensor
+
+from .helpers import EPS, TINY, Case, Tensors, with_gradients
+
+CUDA = torch.device("cuda")
+
+
+class _Product(torch.autograd.Function):
+    """einsum(spec, x, y) with both factors rounded to `dtype`; its two gradients are such products too."""
+
+    @staticmethod
+    def forward(ctx, spec: str, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        x, y = x.to(dtype).to(x.dtype), y.to(dtype).to(y.dtype)
+        ctx.save_for_backward(x, y)
+        ctx.spec, ctx.dtype = spec, dtype
+        return torch.einsum(spec, x, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        grad = grad.to(ctx.dtype).to(grad.dtype)
+        of_x, of_y, of_result = ctx.spec.replace("->", ",").split(",")
+        dx = torch.einsum(f"{of_result},{of_y}->{of_x}", grad, y) if ctx.needs_input_grad[1] else None
+        dy = torch.einsum(f"{of_result},{of_x}->{of_y}", grad, x) if ctx.needs_input_grad[2] else None
+        return None, dx, dy, None
+
+
+def unrolled(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, hk, hv) by the sums above, with products of factors in `dtype`; o comes in `dtype`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    place = None if case.lengths is None else _places(case.lengths, x["q"].device)
+    x = {name: tensor.to(wide) for name, tensor in x.items()}
+    if place is not None:
+        x = {name: _padded(tensor, place) if name in "qkvgs" else tensor for name, tensor in x.items()}
+    q, k, v, g = (x[name] for name in "qkvg")
+    s = x["s"] if "s" in x else -torch.expm1(g)
+    q = q.unflatten(2, (case.H, case.HQ // case.H))
+    g, s = g.transpose(1, 2), s.transpose(1, 2)  # [n, H, T, M]
+
+    def product(spec: str, left: Tensor, right: Tensor) -> Tensor:
+        return _Product.apply(spec, left, right, dtype)
+
+    t = torch.arange(g.shape[2], device=g.device)
+    after, seen = (t[:, None] > t)[..., None], (t[:, None] >= t)[..., None]
+    exponent = torch.where(after, g[:, :, :, None], 0.0).cumsum(2)
+    weight = torch.where(seen, exponent.exp() * s[:, :, None], 0.0)  # [n, H, t, j, M]
+    grown = g.cumsum(2).exp()
+
+    scores = case.scale * product("nthrk,njhk->nhrtj", q, k)
+    logits = product("nhrtj,nhtjm->nhrtm", scores, weight)
+    if "hk" in x:
+        logits = logits + case.scale * grown[:, :, None] * product("nthrk,nhkm->nhrtm", q, x["hk"])
+    p = logits.softmax(-1)
+    o = product("nhrtj,njhv->nthrv", product("nhrtm,nhtjm->nhrtj", p, weight), v)
+    if "hv" in x:
+        o = o + product("nhrtm,nhmv->nthrv", p * grown[:, :, None], x["hv"])
+
+    hk = product("nhjm,njhk->nhkm", weight[:, :, -1], k)
+    hv = product("nhjm,njhv->nhmv", weight[:, :, -1], v)
+    if "hk" in x:
+        last = grown[:, :, -1]
+        hk, hv = hk + x["hk"] * last[:, :, None], hv + x["hv"] * last[..., None]
+    o = o.flatten(2, 3)
+    return (o if place is None else o[place < case.T][None]).to(dtype), hk, hv
+
+
+def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[S, longest]: where the tokens of each packed sequence stand; the number of tokens where it has none left."""
+    size = torch.tensor(lengths, device=device)[:, None]
+    position = torch.arange(max(1, *lengths), device=device)
+    return torch.where(position < size, size.cumsum(0) - size + position, sum(lengths))
+
+
+def _padded(x: Tensor, place: Tensor) -> Tensor:
+    """Packed [1, N, …] as a batch [S, longest, …]. Padding is zeros: a token with g = 0 and s = 0 changes no state."""
+    return torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[place]
+
+
+def truth(x: Tensors, case: Case, final: bool = True) -> Tensors:
+    """Results and gradients in float64, of the inputs as they are; without `final`, of o alone."""
+    return _results(x, case, torch.float64, dict.fromkeys(x, torch.float64), final)
+
+
+def plain(x: Tensors, case: Case, final: bool = True) -> Tensors:
+    """Results and gradients where every product is of factors in the dtype of q, k, v; without `final`, of o alone."""
+    return _results(x, case, x["q"].dtype, None, final)
+
+
+def _results(x, case, dtype, leaves, final):
+    def results(z):
+        o, *states = unrolled(z, case, dtype)
+        return (o, *states) if final else o_alone(o)
+
+    return with_gradients(results, x, leaves)
+
+
+def o_alone(o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """o and two empty states: what to hand to `with_gradients` where no final state is asked for."""
+    return o, o.new_zeros(0), o.new_zeros(0)
+
+
+def verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units: int = 8, final: bool = True) -> None:
+    """Every result and gradient is finite and at most `times` as far from `truth` as `plain` is, in the Euclidean norm.
+
+    `plain` may hit a few numbers by luck. So nothing has to be nearer than
+
+    - what comes in the inputs' dtype, and gradients: half a unit of that dtype in the last place of its own norm, and
+      for n numbers 2/√n times as much again;
+    - dq, dhk and dg also that of what they are the differences of (the backward of the softmax and of the cumulated
+      gates subtracts sums), which is of the size of v ∘ dv;
+    - everything: `units` of float32 in the last place of both norms.
+
+    The final states have no floor in the inputs' dtype: they are float32, and are not to be rounded on their way.
+    """
+    exact, usual = truth(x, case, final), plain(x, case, final)
+    assert result.keys() == exact.keys()
+    half = torch.finfo(x["q"].dtype).eps / 2
+    moved = (exact["dv"] * x["v"].double()).norm()
+    wrong = []
+    for name, y in result.items():
+        want = exact[name]
+        assert y.shape == want.shape, name
+        assert y.dtype == usual[name].dtype, f"{name} is {y.dtype}"
+        if not y.isfinite().all():
+            wrong.append(f"{name} is not finite")
+            continue
+        size = want.norm()
+        floor = units * EPS * (size + (moved if name.startswith("d") else 0.0)) + TINY * want.numel() ** 0.5
+        if name not in ("hk", "hv"):
+            luck = 1 + 2 / max(1, want.numel()) ** 0.5
+            floor = max(floor, luck * half * (size + (moved if name in ("dq", "dhk", "dg") else 0.0)))
+        error, allowed = (y.double() - want).norm(), max(times * (usual[name].double() - want).norm(), floor)
+        if error > allowed:
+            wrong.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {size:.2e}")
+    assert not wrong, "; ".join(wrong)
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """‖x - y‖ / ‖y‖; 0 for two tensors of zeros."""
+    x, y = x.double(), y.double()
+    return float((x - y).norm() / y.norm().clamp(min=TINY))

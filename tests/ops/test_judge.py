@@ -1,0 +1,74 @@
+"""The judge of the GPU tests is itself judged: its truth against the recurrence, its verdict by what it lets pass."""
+
+import pytest
+import torch
+
+from .helpers import Case, call, make, oracle, rounded, with_gradients
+from .judge import distance, plain, truth, verdict
+
+CASES = [
+    Case(T=40, HQ=4, H=2, scale=0.7),
+    Case(T=40, HQ=2, H=1, strength=True),
+    Case(T=33, state=False),
+    Case(lengths=(0, 17, 1, 0, 30), HQ=4, H=2, strength=True),
+    Case(lengths=(0, 0)),
+]
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_truth_is_the_recurrence(case, strong):
+    x = make(case)
+    if strong and case.T:
+        x["g"][:, 3], x["g"][:, 9, :, 2], x["g"][:, 20:, 0] = -1e30, float("-inf"), -70.0
+    found, wanted = truth(x, case), oracle(x, case, torch.float64)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_plain_loses_what_its_format_loses():
+    case = Case(T=64, HQ=4, H=2, K=32, V=32, M=16)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = rounded(make(case), dtype)
+        exact, eps = truth(x, case), torch.finfo(dtype).eps
+        for name, y in plain(x, case).items():
+            assert y.dtype == (dtype if name in ("o", "dq", "dk", "dv") else torch.float32)
+            assert eps / 50 < distance(y, exact[name]) < 4 * eps, (dtype, name)
+
+
+CASE = Case(T=70, HQ=4, H=2, K=32, V=32, M=16)
+
+
+def spoiled(which: str, dtype: torch.dtype):
+    """Results and gradients of `chunk` with one thing a few per cent wrong, and its inputs."""
+    x = rounded(make(CASE), dtype)
+
+    def backend(z):
+        if which == "gates":
+            z = z | {"g": z["g"] * 1.03}
+        o, hk, hv = call("chunk", z, CASE)
+        if which == "state":
+            hk = hk.bfloat16().float() if dtype == torch.float32 else hk * 1.01
+        return o, hk, hv
+
+    result = with_gradients(backend, x)
+    if which in result:
+        result[which] = result[which] * 1.02
+    if which == "causality":
+        result["o"][:, 1:] += result["o"][:, :-1] * 0.02
+    if which == "nan":
+        result["dg"][0, 0, 0, 0] = float("nan")
+    return result, x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_verdict_lets_the_right_pass(dtype):
+    verdict(*spoiled("nothing", dtype), CASE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", ["gates", "state", "o", "dq", "dk", "dv", "dg", "dhk", "dhv", "causality", "nan"])
+def test_the_verdict_refuses_the_wrong(which, dtype):
+    with pytest.raises(AssertionError, match="not finite" if which == "nan" else "error"):
+        verdict(*spoiled(which, dtype), CASE)

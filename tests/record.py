@@ -1,0 +1,94 @@
+"""A pytest plugin: `--record FILE` keeps what a test run was and how it ended, as a result file (`make test-gpu`).
+
+The file says of the run: device, versions, commit, date and command; how many tests passed, failed and were skipped, in
+all and by file; every failure with its last words; why tests were skipped; how long it took, and which were slowest.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SLOWEST = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("record", "a result file of the run")
+    group.addoption("--record", type=Path, metavar="FILE", help="write counts, failures, device and versions to FILE")
+    group.addoption(
+        "--record-commit", metavar="COMMIT", help="the commit of the code, where it lies outside a checkout"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Under pytest-xdist the workers' reports all come to the process that started them.
+    if config.getoption("record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(config))
+
+
+class Recorder:
+    """Collects the reports of a run and writes the file at its end."""
+
+    def __init__(self, config: pytest.Config):
+        from flash_gsa.benchmarking.about import about  # here, because most runs keep no record
+
+        self.config = config
+        self.start = time.monotonic()
+        command = " ".join(["python -m pytest", *map(str, config.invocation_params.args)])
+        self.about = about(command, known_commit=config.getoption("record_commit"))
+        self.outcomes: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.skipped: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self._failed(report)
+        elif report.skipped:
+            self.outcomes.setdefault(report.nodeid, "skipped")
+            self.skipped[_reason(report)] += 1
+        elif report.when == "call":
+            self.outcomes.setdefault(report.nodeid, "passed")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._failed(report)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        slowest = self.seconds.most_common(SLOWEST)
+        result = {
+            "about": self.about,
+            "exit_status": int(exitstatus),
+            "seconds": round(time.monotonic() - self.start, 1),
+            "processes": getattr(self.config.option, "numprocesses", None) or 1,
+            "counts": dict(Counter(self.outcomes.values())),
+            "by_file": self._by_file(),
+            "failed": self.failures,
+            "skipped": dict(self.skipped.most_common()),
+            "slowest": [{"test": test, "seconds": round(seconds, 2)} for test, seconds in slowest],
+        }
+        path: Path = self.config.getoption("record")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _failed(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        self.outcomes[report.nodeid] = "failed"
+        lines = report.longreprtext.strip().splitlines() or ["no message"]
+        said = [line[1:].strip() for line in lines if line.startswith("E ")]
+        self.failures[report.nodeid] = (said or lines[-1:])[0][:500]
+
+    def _by_file(self) -> dict[str, Any]:
+        files: dict[str, Counter[str]] = defaultdict(Counter)
+        for test, outcome in self.outcomes.items():
+            files[test.partition("::")[0]][outcome] += 1
+        return {name: dict(counts) for name, counts in sorted(files.items())}
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return getattr(report, "wasxfail", "") or "expected to fail"

@@ -1,0 +1,69 @@
+"""The record of a test run says what passed, what did not and why, with any number of processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+SUITE = """
+import pytest
+
+@pytest.mark.parametrize("n", range(3))
+def test_good(n):
+    pass
+
+def test_bad():
+    assert 1 + 1 == 3, "sums are off"
+
+@pytest.fixture
+def broken():
+    raise RuntimeError("no fixture today")
+
+def test_without_its_fixture(broken):
+    pass
+
+@pytest.mark.skipif(True, reason="not here")
+def test_elsewhere():
+    pass
+
+def test_left_alone():
+    pytest.skip("not now")
+"""
+
+
+def test_a_run_with_failures(tmp_path):
+    suite, out = tmp_path / "test_made_up.py", tmp_path / "results" / "run.json"
+    suite.write_text(SUITE)
+    arguments = ["-p", "tests.record", "-p", "no:cacheprovider", "-n", "2", "--record", str(out), str(suite)]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["about"]["command"].startswith("python -m pytest -p tests.record")
+    assert record["about"]["versions"]["torch"] == torch.__version__
+    assert record["about"]["device"]
+    assert record["exit_status"] == 1
+    assert record["processes"] == 2
+    assert record["counts"] == {"passed": 3, "failed": 2, "skipped": 2}
+    assert list(record["by_file"].values()) == [record["counts"]]
+    failed = {name.partition("::")[2]: words for name, words in record["failed"].items()}
+    assert failed == {
+        "test_bad": "AssertionError: sums are off",
+        "test_without_its_fixture": "RuntimeError: no fixture today",
+    }
+    assert record["skipped"] == {"not here": 1, "not now": 1}
+    assert record["seconds"] > 0
+    assert len(record["slowest"]) == 7
+
+
+def test_a_file_that_cannot_be_collected(tmp_path):
+    suite, out = tmp_path / "test_made_up.py", tmp_path / "run.json"
+    suite.write_text("import a_module_that_does_not_exist")
+    arguments = ["-p", "tests.record", "-p", "no:cacheprovider", "-n", "0", "--record", str(out), str(suite)]
+    subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["exit_status"] == 2
+    assert record["counts"] == {"failed": 1}
+    assert "a_module_that_does_not_exist" in next(iter(record["failed"].values()))
