@@ -62,9 +62,8 @@ def values_backward(
     gates = row * M
     found = load_levels(levels, chunk * H + h, SLICES)
 
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    oc = tl.arange(0, C)
     written = tl.zeros([C, BM], tl.float32)
-    from_queries = tl.zeros([C, BM], tl.float32)
     for r in range(R):
         at = (row_q + r) * M
         scores, old = products(
@@ -79,23 +78,28 @@ def values_backward(
         if LINEAR:
             weight = load_rows(q + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
             store_rows(dq + at, dp, left, 0, C, H * R * M, M, BM)
-            from_queries += weight * dp
+            from_queries = weight * dp
         else:
             weight = load_rows(p + at, left, 0, C, H * R * M, M, BM).to(tl.float32)
             dlogits = weight * (dp - tl.sum(weight * dp, axis=1)[:, None])
             total = tl.load(lse + row_q + r + oc * (H * R), mask=oc < left, other=0.0)
             z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + total[:, None], 0.0)
-            from_queries += dlogits * z + weight * dp
+            from_queries = dlogits * z + weight * dp
             store_rows(read_dl + at, dlogits * grown, left, 0, C, H * R * M, M, BM)
             if found > 0:
                 store_rows(dl + at, dlogits, left, 0, C, H * R * M, M, BM)
         store_rows(read_p + at, weight * grown, left, 0, C, H * R * M, M, BM)
+        # Summed in memory: in registers it would be spilled over the products that follow.
+        if r > 0:
+            from_queries += load_rows(dgate + gates, left, 0, C, H * M, M, BM)
+        store_rows(dgate + gates, from_queries, left, 0, C, H * M, M, BM)
         written += near_writes(
             scores, weight, until + gates, level + gates, found, left, C, H, M, BM, RANGE, DOT, PRECISION
         )
 
+    tl.debug_barrier()
     write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
-    from_queries = tl.where((oc < left)[:, None] & (om < M)[None, :], from_queries, 0.0)
+    from_queries = load_rows(dgate + gates, left, 0, C, H * M, M, BM)
     total = tl.cumsum(from_queries - write * written, axis=0, reverse=True)
     if HAS_S:
         store_rows(dwrite + gates, written, left, 0, C, H * M, M, BM)
