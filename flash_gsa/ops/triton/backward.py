@@ -31,6 +31,7 @@ from .chunks import (
     near_writes,
     products,
     store_rows,
+    sums_over_tokens,
     time_order,
     write_products,
 )
@@ -100,7 +101,7 @@ def values_backward(
     tl.debug_barrier()
     write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
     from_queries = load_rows(dgate + gates, left, 0, C, H * M, M, BM)
-    total = tl.cumsum(from_queries - write * written, axis=0, reverse=True)
+    total = sums_over_tokens(from_queries - write * written, C, True, DOT)
     if HAS_S:
         store_rows(dwrite + gates, written, left, 0, C, H * M, M, BM)
     else:
@@ -159,7 +160,8 @@ def queries_backward(
         )  # fmt: skip
 
     write = load_write(g + gates, s + gates, left, C, H, M, BM, HAS_S)
-    total = load_rows(dgate + gates, left, 0, C, H * M, M, BM) - tl.cumsum(write * written, axis=0, reverse=True)
+    total = load_rows(dgate + gates, left, 0, C, H * M, M, BM)
+    total -= sums_over_tokens(write * written, C, True, DOT)
     if HAS_S:
         sums = load_rows(dwrite + gates, left, 0, C, H * M, M, BM)
         store_rows(dwrite + gates, sums + written, left, 0, C, H * M, M, BM)
@@ -312,7 +314,7 @@ def keys_backward(
     through = tl.zeros([BM], tl.float32)
     for i in range(PARTS):
         through += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
-    total = tl.cumsum(later, axis=0) - later + (through * tl.exp(last.to(tl.float32)))[None, :]
+    total = sums_over_tokens(later, C, False, DOT) - later + (through * tl.exp(last.to(tl.float32)))[None, :]
     total += load_rows(dg + gates, left, 0, C, H * M, M, BM)
     if HAS_S:
         carried += load_rows(dwrite + gates, left, 0, C, H * M, M, BM)

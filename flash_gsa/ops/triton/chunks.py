@@ -179,7 +179,7 @@ def near_logits(
         need = load_rows(level, left, 0, C, H * M, M, BM)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
         total = tl.where(need == 0, total, grown * old)
-        for i in range(references(levels, C)):
+        for i in tl.range(references(levels, C), num_stages=1):
             grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             total += grown * tl.dot(scores, (write * inverse).to(DOT), input_precision=PRECISION)
     return total
@@ -210,7 +210,7 @@ def near_attention_any(
     need = load_rows(level, left, 0, C, H * M, M, BM)
     write = load_write(g, s, left, C, H, M, BM, HAS_S)
     total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
-    for i in range(references(levels, C)):
+    for i in tl.range(references(levels, C), num_stages=1):
         grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
         far = (weights * grown).to(DOT)
         total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
@@ -233,7 +233,7 @@ def near_attention_transposed(
         weight = load_rows(weights, left, 0, C, H * R * M, M, BM).to(tl.float32)
         write = load_write(g, s, left, C, H, M, BM, HAS_S)
         total = tl.dot(weak, tl.trans(tl.where(need == 0, reading, 0.0)), input_precision=PRECISION)
-        for i in range(references(levels, C)):
+        for i in tl.range(references(levels, C), num_stages=1):
             grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             far = (weight * grown).to(DOT)
             total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
@@ -258,12 +258,33 @@ def near_writes(
         need = load_rows(level, left, 0, C, H * M, M, BM)
         read = tl.where(need == 0, read, 0.0)
         written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
-        for i in range(references(levels, C)):
+        for i in tl.range(references(levels, C), num_stages=1):
             grown, far = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
             written += far * tl.dot(turned, (weights * grown).to(DOT), input_precision=PRECISION)
     else:
         written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
     return written
+
+
+@triton.jit
+def sums_over_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """Σ_{i≤t} x_i of x [C, ·], or Σ_{i≥t} x_i if REVERSE, in float32.
+
+    A scan goes through shared memory again and again; in bfloat16 a product with a triangle of ones is faster, with x
+    in two parts, together 16 bits.
+    """
+    if DOT == tl.bfloat16:
+        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        if REVERSE:
+            ones = tl.where(column >= row, 1.0, 0.0).to(tl.bfloat16)
+        else:
+            ones = tl.where(column <= row, 1.0, 0.0).to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        total = tl.dot(ones, (x - high.to(tl.float32)).to(tl.bfloat16))
+        total = tl.dot(ones, high, total)
+    else:
+        total = tl.cumsum(x, axis=0, reverse=REVERSE)
+    return total
 
 
 @triton.jit
