@@ -97,6 +97,10 @@ def _sentences(result: dict[str, Any]) -> str:
         said.append(
             f"The device copies {copied['bytes_per_second'] / 1e9:,.0f} GB/s (read and written), which makes *least*, "
             f"and multiplies {product['dtype']} matrices of {product['size']}² at "
-            f"{product['flops_per_second'] / 1e12:.3g} TFLOP/s."
+            f"{_flops(product['flops_per_second'])}."
         )
     return " ".join(said)
+
+
+def _flops(per_second: float) -> str:
+    return f"{per_second / 1e12:.3g} TFLOP/s" if per_second >= 1e12 else f"{per_second / 1e9:.3g} GFLOP/s"

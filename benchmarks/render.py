@@ -17,7 +17,7 @@ from benchmarks.operator_table import operator
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results/README.md")
+DOCUMENTS = ("README.md", "docs/results/README.md", "docs/kernels.md")
 BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -74,12 +74,61 @@ def prose_15m(result: dict[str, Any]) -> str:
     )
 
 
+def kernel_steps(result: dict[str, Any]) -> str:
+    names = ["prepare", "states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward"]
+    rows = []
+    for step in result["steps"]:
+        kernels = step["kernels"]
+        times = [f"{kernels[n]['microseconds']:.0f}" if n in kernels else "" for n in names]
+        rows.append(
+            [f"`{step['commit']}`", str(step["C"]), *times, f"{sum(k['microseconds'] for k in kernels.values()):.0f}"]
+        )
+    said = {step["commit"]: step["what"] for step in result["steps"]}
+    return "\n\n".join(
+        [
+            table(["commit", "C", *names, "sum"], rows),
+            "\n".join(f"- `{commit}`: {what}." for commit, what in said.items()),
+            f"Microseconds. {result['about']['command']}.",
+            told(result["about"] | {"command": "see above"}),
+        ]
+    )
+
+
+def decode_gpu(result: dict[str, Any]) -> str:
+    rows = []
+    for r in result["times"]:
+        if r["order"] == "MK" and r["in_place"]:
+            rows.append(
+                [
+                    r["model"],
+                    str(r["B"]),
+                    r["state"],
+                    f"{r['us']:.1f}",
+                    f"{r['floor_us']:.1f}",
+                    f"{r['us'] / r['floor_us']:.2f}",
+                    f"{r['copy_us']:.1f}" if "copy_us" in r else "",
+                ]
+            )
+    heads = [
+        "layer",
+        "sequences",
+        "state",
+        "µs a step",
+        "state read + written at 3.0 TB/s",
+        "ratio",
+        "µs, copy of the state",
+    ]
+    return "\n\n".join([table(heads, rows), told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
     "prose_15m": prose_15m,
     "op_cpu": operator,
     "op_gpu": operator,
+    "kernel_steps": kernel_steps,
+    "decode_gpu": decode_gpu,
 }
 
 
