@@ -93,12 +93,14 @@ def slot_activities(
         One record a head, by layer, then head.
 
     Raises:
-        UsageError: no token, a layer or head the model does not have, or a layer that is not gated slot
-            attention.
+        UsageError: no token, a model without gated slot attention, a layer or head the model does not have, or a
+            layer that is not gated slot attention.
     """
     if len(token_ids) == 0:
         raise UsageError("there is no token to look at; give a text of at least one token")
     layers = gsa_layers(model) if layers is None else layers
+    if not layers:
+        raise UsageError("this model has no gated slot attention layer, so there are no slots to look at")
     inputs = _layer_inputs(model, token_ids, layers)
     activities = []
     for layer in layers:

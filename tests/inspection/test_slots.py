@@ -89,3 +89,8 @@ def test_refuses_what_is_not_there():
             slot_activity(model, IDS, layer, head)
     with pytest.raises(UsageError, match="no token"):
         slot_activity(model, [], 0, 0)
+
+
+def test_refuses_a_model_without_slots():
+    with pytest.raises(UsageError, match="no gated slot attention layer"):
+        slot_activities(make_model(token_mixer="gla"), IDS)

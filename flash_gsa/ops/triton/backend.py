@@ -12,7 +12,7 @@ try:
     from .library import attention, linear_attention
     from .step import triton_step
 except ImportError:  # torch's CPU build brings no Triton
-    triton = triton_step = None
+    triton = triton_step = None  # type: ignore[assignment]
 
 MAX_HEAD, MAX_SLOTS = 512, 256
 # Kernels are made for the interpreter or for a device when they are imported.

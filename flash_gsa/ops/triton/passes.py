@@ -83,7 +83,8 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             q, k, v, g, strength, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed,
             dhk, dhv, dk, dv, dwrite, dgate, key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
         )  # fmt: skip
-    return dq, dk, dv, dgate.to(g.dtype), None if s is None else dwrite.to(s.dtype), *initial
+    ds = None if dwrite is None else dwrite.to(s.dtype)
+    return dq, dk, dv, dgate.to(g.dtype), ds, *initial
 
 
 def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:

@@ -1,6 +1,7 @@
 """How one call is cut into launches: chunks, segments, tile sizes, compile-time constants."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -86,7 +87,8 @@ class Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": padded(self.M) // 16}
+        self.slot_slices = padded(self.M) // 16
+        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices}
         self.linear = {"LINEAR": linear}
 
     @functools.cached_property
@@ -124,10 +126,10 @@ class Plan:
             torch.empty_like(g, dtype=self.state_dtype),
             torch.empty_like(g, dtype=self.state_dtype),
             torch.empty_like(g, dtype=torch.int8),
-            g.new_empty(self.chunks.count, self.H, self.near["SLICES"], dtype=torch.int32),
+            g.new_empty(self.chunks.count, self.H, self.slot_slices, dtype=torch.int32),
         )
 
-    def prepare(self, g: Tensor, s: Tensor, out: tuple[Tensor, ...]) -> None:
+    def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
         gates.prepare[(out[-1].numel(),)](g, s, *out, *self.tables[0], **self.sizes, **self.near, num_warps=1)
 
@@ -138,7 +140,7 @@ class Plan:
         table = (*self.tables[1], self.segment_chunks)
         options |= self.sizes | self.widths | {"BD": tile.BD}
         options |= {"num_warps": tile.warps, "num_stages": tile.stages}
-        local = (None, None, None)
+        local: tuple[Tensor | None, ...] = (None, None, None)
         if self.split:
             decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
             local = (*self._pair(like, self.segments.count, torch.float32), decay)
