@@ -21,6 +21,8 @@ from .shapes import Shape
 
 UNITS = 8
 SMALL_LENGTHS = (37, 130)
+SMALL_BATCH = 3
+"""A batch that is never timed: what tunes itself for a batch shall not do so on short sequences."""
 GROUPED = Shape("grouped", 2, 70, HQ=4, H=2, K=64, V=64, M=40)
 PIECE = 16384
 
@@ -54,7 +56,7 @@ def small_errors(candidate: Implementation, shape: Shape, device: torch.device) 
     """Errors at small sizes with the heads, widths and slots of `shape`; found once for all shapes that share them."""
     lengths = ((33, 1, 70), (64,)) if shape.lengths else ()
     sizes = [replace(shape, name="small", B=1, T=sum(n), lengths=n) for n in lengths]
-    sizes = sizes or [replace(shape, name="small", B=1, T=T) for T in SMALL_LENGTHS]
+    sizes = sizes or [replace(shape, name="small", B=SMALL_BATCH, T=T) for T in SMALL_LENGTHS]
     if candidate.own:
         sizes.append(GROUPED)
     return _small_errors(candidate, tuple(sizes), device)

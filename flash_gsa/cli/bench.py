@@ -119,10 +119,11 @@ def op(
         command=_command(context),
         commit=commit,
     )
-    result = benchmark(options, output)
+    result = benchmark(options, output, say=lambda line: print(line, flush=True))
     console = Console()
     for table in tables(result):
-        console.print(table, end="\n\n")
+        console.print(table)
+        console.print()
     console.print(LEGEND, style="dim")
     if output is not None:
         print(f"written: {output}")

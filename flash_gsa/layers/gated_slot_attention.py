@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, did_you_mean
 from ..ops import abc_gates, abc_gates_step, gated_slot_attention, gated_slot_attention_step
+from ..ops.pointwise import log_gates, silu_each
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
-from .norm import RMSNorm
+from .norm import RMSNorm, SiluRMSNorm
 
 GATINGS = ("gsa", "data_independent", "abc")
 GATE_SOURCES = ("f_proj", "pooled_keys")
@@ -111,7 +112,9 @@ class GatedSlotAttention(nn.Module):
         self.gating, self.gate_source, self.gate_logit_normalizer = gating, gate_source, gate_logit_normalizer
         self.feature_map = FEATURE_MAPS[feature_map]
         self.value_activation = ACTIVATIONS[value_activation]
-        self.output_activation = ACTIVATIONS[output_activation]
+        self.silu_before = feature_map == value_activation == "swish"
+        silu_in_norm = use_norm and output_activation == "swish"
+        self.output_activation = ACTIVATIONS["identity" if silu_in_norm else output_activation]
 
         kv_key_dim, kv_value_dim = num_kv_heads * self.head_k_dim, num_kv_heads * self.head_v_dim
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
@@ -128,7 +131,10 @@ class GatedSlotAttention(nn.Module):
             self.k_conv1d = ShortConvolution(kv_key_dim, conv_size)
             self.v_conv1d = ShortConvolution(kv_value_dim, conv_size)
         self.use_short_conv = use_short_conv
-        self.g_norm = RMSNorm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine) if use_norm else None
+        self.g_norm: RMSNorm | None = None
+        if use_norm:
+            norm = SiluRMSNorm if silu_in_norm else RMSNorm
+            self.g_norm = norm(value_dim, eps=norm_eps, elementwise_affine=elementwise_affine)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def reset_gates(self) -> None:
@@ -216,28 +222,36 @@ class GatedSlotAttention(nn.Module):
             v, v_tail = self.v_conv1d(v, tail=tails[2], cu_seqlens=cu_seqlens)
             carry["conv"] = (q_tail, k_tail, v_tail)
 
-        q = self.feature_map(q.unflatten(-1, (self.num_heads, self.head_k_dim)))
-        k = self.feature_map(k.unflatten(-1, (self.num_kv_heads, self.head_k_dim)))
-        v = self.value_activation(v.unflatten(-1, (self.num_kv_heads, self.head_v_dim)))
+        q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_k_dim))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_v_dim))
+        if self.silu_before:
+            q, k, v = silu_each(q, k, v)
+        else:
+            q, k, v = self.feature_map(q), self.feature_map(k), self.value_activation(v)
         g, s = self._gates(logits, attention_mask, cu_seqlens, past, carry)
-        return q, k, v, g, s
+        return q, k, v, g.expand(*x.shape[:2], -1, -1), s
 
     def _gate_logits(self, x: Tensor, k: Tensor) -> Tensor:
+        """[B, T, H, M], or [H, M] where they are the same for every token."""
         if self.gating == "data_independent":
-            return self.f_bias.float().expand(*x.shape[:2], -1, -1)
+            return self.f_bias
         if self.f_proj is not None:
             f = self.f_proj(x)
         else:
             f = F.adaptive_avg_pool1d(k, self.num_kv_heads * self.num_slots)
-        return f.unflatten(-1, (self.num_kv_heads, self.num_slots)).float()
+        return f.unflatten(-1, (self.num_kv_heads, self.num_slots))
 
     def _gates(self, logits, mask, cu_seqlens, past, carry) -> tuple[Tensor, Tensor | None]:
         token = None if mask is None else mask[..., None, None].bool()
         if self.gating != "abc":
-            g = F.logsigmoid(logits) / self.gate_logit_normalizer
+            g = log_gates(logits, self.gate_logit_normalizer)
             # With g = 0 the derived strength 1 - e^g is 0: padding neither forgets nor writes.
             return (g if token is None else g.masked_fill(~token, 0.0)), None
 
+        # The gates are float32 whatever the layer is; 16 bits are widened where they are read.
+        if token is not None or logits.dtype == torch.float64:
+            logits = logits.float()
         if token is not None:
             logits = logits.masked_fill(~token, _NOTHING)
         z = None if past is None else past["normalizer"]

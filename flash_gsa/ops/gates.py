@@ -9,14 +9,21 @@ so it is gated slot attention with g_t = z_{t-1} - z_t and s_t = e^{l_t - z_t}. 
 logistic function of l_t - z_{t-1} both keep their digits: g_t = log σ(z_{t-1} - l_t), s_t = σ(l_t - z_{t-1}).
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from .triton.available import runs_on
 from .validation import FLOATS, check_cu_seqlens
+
+try:
+    from .triton import abc as kernels
+except ImportError:  # torch's CPU build brings no Triton
+    kernels = None  # type: ignore[assignment]
+
+# The normalizer where nothing was written.
+NOTHING = float("-inf")
 
 
 def abc_gates(
@@ -50,27 +57,17 @@ def abc_gates(
     Source: Peng et al., "ABC: Attention with Bounded-memory Control" (ACL 2022); as gates: Zhang et al., 2024, §3.1.
     """
     _check_logits(logits, ("B", "T", "H", "M"))
-    logits = logits.to(_dtype(logits))
     B, _, H, M = logits.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, logits.shape)
-        bounds = cu_seqlens.tolist()
-        pieces = [logits[:, a:b] for a, b in pairwise(bounds)]
+    _check_normalizer(initial_normalizer, (B if cu_seqlens is None else cu_seqlens.numel() - 1, H, M), logits)
+    if runs_on(logits):
+        g, s, z = kernels.abc_gates(logits, initial_normalizer, cu_seqlens)
     else:
-        pieces = [logits]
-    N = len(pieces) if cu_seqlens is not None else B
-    carried = _initial(initial_normalizer, (N, H, M), logits)
-
-    before, finals = [], []
-    for n, piece in enumerate(pieces):
-        z0 = carried if cu_seqlens is None else carried[n : n + 1]
-        # The gradient of logcumsumexp at -inf is NaN; where nothing is written yet, it is 0.
-        z0 = torch.where(z0 == float("-inf"), z0.detach(), z0)
-        z = torch.cat([z0[:, None], piece], dim=1).logcumsumexp(dim=1)
-        before.append(z[:, :-1])
-        finals.append(z[:, -1])
-    g, s = _gates(logits, torch.cat(before, dim=1))
-    return (g, s, torch.cat(finals)) if output_final_normalizer else (g, s)
+        logits = logits.to(_dtype(logits))
+        before, z = _running(logits, initial_normalizer, cu_seqlens)
+        g, s = _gates(logits, before)
+    return (g, s, z) if output_final_normalizer else (g, s)
 
 
 def abc_gates_step(logits: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,14 +84,44 @@ def abc_gates_step(logits: Tensor, normalizer: Tensor | None = None) -> tuple[Te
         UsageError: shapes or dtypes that do not fit.
     """
     _check_logits(logits, ("B", "H", "M"))
+    _check_normalizer(normalizer, tuple(logits.shape), logits)
     logits = logits.to(_dtype(logits))
-    z = _initial(normalizer, tuple(logits.shape), logits)
+    z = torch.full_like(logits, NOTHING) if normalizer is None else normalizer
     g, s = _gates(logits, z)
     return g, s, torch.logaddexp(z, logits)
 
 
+def _running(logits: Tensor, z0: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z before every token [B, T, H, M], and after every sequence [N, H, M]."""
+    B, T, H, M = logits.shape
+    if z0 is None:
+        z0 = logits.new_full((B if cu_seqlens is None else cu_seqlens.numel() - 1, H, M), NOTHING)
+    # The gradient of logcumsumexp at -inf is NaN; where nothing is written yet, it is 0.
+    z0 = torch.where(z0 == NOTHING, z0.detach(), z0)
+    if cu_seqlens is None:
+        z = torch.cat([z0[:, None], logits], dim=1).logcumsumexp(dim=1)
+        return z[:, :-1], z[:, -1]
+    if T == 0:
+        return logits, z0
+
+    bounds = cu_seqlens.to(logits.device, torch.int64)
+    token = torch.arange(T, device=logits.device)
+    sequence = torch.searchsorted(bounds, token, right=True) - 1
+    position = (token - bounds[sequence])[None, :, None, None]
+    # Sums over 1, 2, 4, … tokens of a sequence: no look at the lengths, which may lie on a GPU.
+    z, reach = logits, 1
+    while reach < T:
+        z = torch.logaddexp(z, z.roll(reach, 1).masked_fill(position < reach, NOTHING))
+        reach *= 2
+    initial = z0[sequence][None]
+    z = torch.logaddexp(z, initial)
+    before = torch.where(position == 0, initial, z.roll(1, 1))
+    empty = bounds.diff() == 0
+    return before, torch.where(empty[:, None, None], z0, z[0, (bounds[1:] - 1).clamp(min=0)])
+
+
 def _gates(logits: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    first = before == float("-inf")
+    first = before == NOTHING
     # A finite stand-in keeps the branch that is not taken, and its gradient, finite.
     margin = logits - before.masked_fill(first, 0.0)
     g = F.logsigmoid(-margin).masked_fill(first, 0.0)
@@ -106,15 +133,13 @@ def _dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _initial(z: Tensor | None, shape: tuple[int, ...], logits: Tensor) -> Tensor:
-    if z is None:
-        return logits.new_full(shape, float("-inf"))
-    if tuple(z.shape) != shape or z.dtype != logits.dtype or z.device != logits.device:
+def _check_normalizer(z: Tensor | None, shape: tuple[int, ...], logits: Tensor) -> None:
+    dtype = _dtype(logits)
+    if z is not None and (tuple(z.shape) != shape or z.dtype != dtype or z.device != logits.device):
         raise UsageError(
-            f"the normalizer must have shape {list(shape)}, dtype {logits.dtype} and be on {logits.device}, "
+            f"the normalizer must have shape {list(shape)}, dtype {dtype} and be on {logits.device}, "
             f"got {list(z.shape)}, {z.dtype}, {z.device}"
         )
-    return z
 
 
 def _check_logits(logits, names: tuple[str, ...]) -> None:

@@ -4,11 +4,16 @@ Backends in plain PyTorch branch on the values of gates, which would break the g
 they do without torch.compile; the backward runs the forward again under autograd.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from .registry import named
 from .validation import state_dtype
+
+# A backend may wait for the device, which nothing in a CUDA graph can.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def opaque_forward(name: str, q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens):
@@ -26,51 +31,60 @@ def opaque_linear_forward(name: str, q, k, v, g, scale, initial_state, output_fi
 
 def _run(name, q, k, v, g, s, hk0, hv0, cu_seqlens, scale) -> tuple[Tensor, Tensor, Tensor]:
     state = None if hk0 is None else (hk0, hv0)
-    o, state = named(name).forward(q, k, v, g, s, scale, state, True, cu_seqlens)
-    return o, *state
+    o, final = named(name).forward(q, k, v, g, s, scale, state, True, cu_seqlens)
+    assert final is not None
+    return o, *final
 
 
 def _run_linear(name, q, k, v, g, h0, cu_seqlens, scale) -> tuple[Tensor, Tensor]:
-    return named(name).linear_forward(q, k, v, g, scale, h0, True, cu_seqlens)
+    forward = named(name).linear_forward
+    assert forward is not None
+    o, final = forward(q, k, v, g, scale, h0, True, cu_seqlens)
+    assert final is not None
+    return o, final
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
-def _own(results) -> tuple[Tensor, ...]:
+def _own(results: Iterable[Tensor]) -> tuple:
     """Results of an operator share no memory, neither with each other nor with its inputs."""
     return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in results)
 
 
-def _gradients(run, inputs: list[Tensor | None], outgoing: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """Gradients of `run(*inputs)`; an empty tensor for an absent input."""
-    # An operator runs below autograd; here autograd is needed once more. PyTorch has no public way to say so.
+def _gradients(run, q: Tensor, others: list[Tensor | None], outgoing: list[Tensor | None]) -> tuple:
+    """Gradients of `run(q, *others)`; an empty tensor for an absent input."""
+    # An operator runs below autograd; here autograd is needed once more, in the backward too, where a backend may have
+    # checkpoints. PyTorch has no public way to say so.
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     above = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-    with above, torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    # The forward ran without autocast, so its repetition does.
+    exactly = torch.autocast(q.device.type, enabled=False)
+    with above, exactly, torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (q, *others)]
         results = run(*leaves)
-    pairs = [(y, dy) for y, dy in zip(results, outgoing, strict=True) if dy is not None and y.requires_grad]
-    wanted = [x for x in leaves if x is not None]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True, materialize_grads=True
+        pairs = [(y, dy) for y, dy in zip(results, outgoing, strict=True) if dy is not None and y.requires_grad]
+        gradients = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [x for x in leaves if x is not None],
+            [dy for _, dy in pairs],
+            allow_unused=True,
+            materialize_grads=True,
         )
-    )
-    empty = inputs[0].new_empty(0)
-    return _own(empty if x is None else next(found) for x in leaves)
+    found = iter(gradients)
+    return _own(q.new_empty(0) if x is None else next(found) for x in leaves)
 
 
 def _present(gradients, inputs) -> list[Tensor | None]:
     return [dx if x is not None else None for dx, x in zip(gradients, inputs, strict=True)]
 
 
-def _like(inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+def _like(q: Tensor, *others: Tensor | None) -> tuple:
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, *others))
 
 
-@torch.library.custom_op("flash_gsa::any_backend", mutates_args=())
+@torch.library.custom_op("flash_gsa::any_backend", mutates_args=(), tags=TAGS)
 def _sequence(
     name: str,
     q: Tensor,
@@ -96,7 +110,7 @@ def _(name, q, k, v, g, s, hk0, hv0, cu_seqlens, scale):
     )
 
 
-@torch.library.custom_op("flash_gsa::any_backend_backward", mutates_args=())
+@torch.library.custom_op("flash_gsa::any_backend_backward", mutates_args=(), tags=TAGS)
 def _sequence_backward(
     name: str,
     q: Tensor,
@@ -115,12 +129,12 @@ def _sequence_backward(
     def run(q, k, v, g, s, hk0, hv0):
         return _run(name, q, k, v, g, s, hk0, hv0, cu_seqlens, scale)
 
-    return _gradients(run, [q, k, v, g, s, hk0, hv0], [do, dhk, dhv])
+    return _gradients(run, q, [k, v, g, s, hk0, hv0], [do, dhk, dhv])
 
 
 @_sequence_backward.register_fake
 def _(name, q, k, v, g, s, hk0, hv0, cu_seqlens, scale, do, dhk, dhv):
-    return _like([q, k, v, g, s, hk0, hv0])
+    return _like(q, k, v, g, s, hk0, hv0)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -138,7 +152,7 @@ def _backward(ctx, do, dhk, dhv):
 _sequence.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("flash_gsa::any_linear_backend", mutates_args=())
+@torch.library.custom_op("flash_gsa::any_linear_backend", mutates_args=(), tags=TAGS)
 def _linear(
     name: str,
     q: Tensor,
@@ -158,7 +172,7 @@ def _(name, q, k, v, g, h0, cu_seqlens, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(state, dtype=state_dtype(q))
 
 
-@torch.library.custom_op("flash_gsa::any_linear_backend_backward", mutates_args=())
+@torch.library.custom_op("flash_gsa::any_linear_backend_backward", mutates_args=(), tags=TAGS)
 def _linear_backward(
     name: str,
     q: Tensor,
@@ -174,12 +188,12 @@ def _linear_backward(
     def run(q, k, v, g, h0):
         return _run_linear(name, q, k, v, g, h0, cu_seqlens, scale)
 
-    return _gradients(run, [q, k, v, g, h0], [do, dh])
+    return _gradients(run, q, [k, v, g, h0], [do, dh])
 
 
 @_linear_backward.register_fake
 def _(name, q, k, v, g, h0, cu_seqlens, scale, do, dh):
-    return _like([q, k, v, g, h0])
+    return _like(q, k, v, g, h0)
 
 
 def _linear_backward_call(ctx, do, dh):

@@ -231,3 +231,17 @@ def test_other_number_formats(options, dtype):
     assert s is None or s.dtype == torch.float32
     error = (got.double() - want.double()).norm() / want.norm()
     assert error < (0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", GATINGS, ids=name_of)
+def test_compiles_without_a_break(options, packed):
+    mixer, x = layer(**options), inputs(B=1)
+    bounds = torch.tensor([0, 2, 2, 40, 70]) if packed else None
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    found = [], []
+    for function, results in zip((compiled, mixer), found, strict=True):
+        y = function(x, cu_seqlens=bounds)
+        results += [y.detach(), *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -164,6 +164,19 @@ def test_gradients_agree_with_finite_differences(lengths):
     )
 
 
+@pytest.mark.parametrize("lengths", [None, (3, 0, 17), (0, 0, 20), (1,) * 20])
+def test_torch_compile_finds_no_break(lengths):
+    logits = torch.randn(1, 20, 1, 2)
+    bounds = None if lengths is None else torch.tensor([0, *np.cumsum(lengths)])
+    z = torch.randn(1 if lengths is None else len(lengths), 1, 2)
+
+    def gates(x, z0, bounds):
+        return abc_gates(x, initial_normalizer=z0, output_final_normalizer=True, cu_seqlens=bounds)
+
+    found = torch.compile(gates, fullgraph=True, backend="aot_eager")(logits, z, bounds)
+    torch.testing.assert_close(found, gates(logits, z, bounds))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -7,54 +7,60 @@ without TRITON_INTERPRET=1, this file is one test that starts it.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from flash_gsa import gated_slot_attention
+from flash_gsa import gated_linear_attention
+
+from . import test_linear as linear
+from .helpers import Case, Tensors, call, check, make, run, with_gradients
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
-EPS = torch.finfo(torch.float32).eps
+from flash_gsa.ops.triton import plan as plans
+
+# A sum of gates near -60, rounded to float32, moves its exponential by 60 half units; a product takes two of them.
+STRONG = 8 + 60
 
 
-def results(backend, dtype, inputs, s, state, cu_seqlens):
-    """o, final states and every gradient, for a loss with fixed random weights."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    s = None if s is None else s.to(dtype).requires_grad_()
-    state = None if state is None else tuple(x.to(dtype).requires_grad_() for x in state)
-    o, final = gated_slot_attention(
-        *leaves, s, scale=0.7, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend
-    )
-    random = torch.Generator().manual_seed(1)
-    outputs = [o, *final]
-    loss = sum((x * torch.randn(x.shape, generator=random).to(dtype)).sum() for x in outputs)
-    wanted = [*leaves, *([] if s is None else [s]), *(state or ())]
-    return [x.detach() for x in outputs] + list(torch.autograd.grad(loss, wanted))
+def plan_of(x: Tensors, case: Case, has_s: bool = False) -> plans.Plan:
+    """What the backend would launch for x."""
+    return plans.Plan(x["q"], x["k"], x["v"], x["g"], has_s, case.cu_seqlens)
 
 
-def make(B=1, T=70, HQ=2, H=1, K=20, V=33, M=9, tau=8.0, N=None, with_s=False, with_state=True):
-    random = torch.Generator().manual_seed(0)
+def levels_of(x: Tensors, case: Case) -> tuple[set[int], int]:
+    """The levels of tokens and slots that `gates.prepare` finds, and the union of what it tells of chunks."""
+    plan = plan_of(x, case)
+    out = plan.gate_tensors(x["g"])
+    for tensor in out:  # chunks that a packed call does not need are left as they are
+        tensor.zero_()
+    plan.prepare(x["g"], x["g"], out)
+    of_chunks = 0
+    for found in out[-1].flatten().tolist():
+        of_chunks |= found
+    return set(out[-2].unique().tolist()), of_chunks
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=random)
 
-    q, k, v = normal(B, T, HQ, K), normal(B, T, H, K), normal(B, T, H, V)
-    g = F.logsigmoid(normal(B, T, H, M)) / tau
-    s = torch.rand(B, T, H, M, generator=random) if with_s else None
-    state = (normal(N or B, H, K, M), normal(N or B, H, M, V)) if with_state else None
-    return [q, k, v, g], s, state
+def chunks_of(C: int, monkeypatch) -> None:
+    """Let kernels take chunks of C tokens."""
+    choose = plans.choose
+    monkeypatch.setattr(plans, "choose", lambda *problem: replace(choose(*problem), C=C))
 
 
-def check(inputs, s, state, cu_seqlens=None):
-    exact = results("reference", torch.float64, inputs, s, state, cu_seqlens)
-    plain = results("chunk", torch.float32, inputs, s, state, cu_seqlens)
-    got = results("triton", torch.float32, inputs, s, state, cu_seqlens)
-    for i, (want, usual, x) in enumerate(zip(exact, plain, got, strict=True)):
-        assert x.isfinite().all(), i
-        allowed = 2 * (usual.double() - want).norm() + 16 * EPS * want.norm()
-        assert (x.double() - want).norm() <= allowed, f"result {i}"
+def forgetting(place: str, g: torch.Tensor, C: int) -> torch.Tensor:
+    """Gentle gates g [B, T, H, M], but at one place of every chunk of C tokens some slots forget everything."""
+    g, token = g.clone(), torch.arange(g.shape[1]) % C
+    if place == "first token":
+        g[:, token == 0, :, ::2] = -70.0
+    elif place == "start of a block of 32":
+        g[:, token == 32, :, ::2] = -1e3
+    elif place == "start of a block of 8":
+        g[:, token == 16, :, 0] = g[:, token == 24, :, 1] = -65.0
+    elif place == "neighbours":
+        g[:, (token > 9) & (token < 14), :, 1] = -80.0
+    return g
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -71,25 +77,194 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert " passed" in done.stdout
 
 else:
+    SMALL = Case(T=40, B=1, HQ=2, H=1, K=8, V=5, M=3)
 
-    def test_grouped_queries_and_batch():
-        check(*make(B=2, HQ=4, H=2))
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=34, B=1, HQ=4, H=2, K=20, V=33, M=9, scale=0.7),
+            Case(T=5, B=2, HQ=1, H=1),
+            Case(T=40, B=1, HQ=1, H=1, K=16, V=16, M=16, state=False),
+            Case(T=33, B=1, HQ=1, H=1, K=17, V=40, M=17, strength=True),
+            Case(T=3, B=1, HQ=2, H=1, K=1, V=1, M=1),
+            Case(lengths=(0, 3, 0, 37, 30, 0), HQ=2, H=1, K=20, V=9, M=9),
+            Case(lengths=(1, 40), HQ=1, H=1, strength=True, state=False),
+        ],
+        ids=str,
+    )
+    def test_values_and_gradients(case):
+        x = make(case)
+        check(run("triton", x, case), x, case)
 
-    def test_powers_of_two_without_state():
-        check(*make(T=40, HQ=1, K=16, V=16, M=16, with_state=False))
+    def test_how_long_sequences_are_cut(monkeypatch):
+        """Segments are no longer than it takes to have FILLING programs, and no shorter than 8 chunks."""
+        case = Case(T=10_000, B=1, HQ=2, H=2, K=8, V=8, M=4, state=False)
+        x = make(case)
+        chunks = -(-case.T // plan_of(x, case).tiles.C)
+        programs = case.H * 2  # one slice of K and one of V
+        for filling, want in ((1, chunks * programs), (100, -(-chunks * programs // 100)), (10**6, 8)):
+            monkeypatch.setattr(plans, "FILLING", filling)
+            plan = plan_of(x, case)
+            assert plan.segment_chunks == want, filling
+            assert plan.split == (want < chunks)
+            assert plan.segments.count == -(-chunks // want)
 
-    def test_given_strengths():
-        check(*make(HQ=1, with_s=True))
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=270, B=2, HQ=1, H=1, K=6, V=5, M=3, state=False),
+            Case(lengths=(0, 5, 530, 0, 33), HQ=1, H=1, K=6, V=5, M=3, strength=True),
+        ],
+        ids=str,
+    )
+    def test_sequences_cut_into_segments(case):
+        x = make(case)
+        x["g"][:, 64, :, 0] = -1e3
+        plan = plan_of(x, case)
+        longest = case.T if case.lengths is None else max(case.lengths)
+        assert plan.split
+        assert plan.segment_chunks * plan.tiles.C < longest
+        check(run("triton", x, case), x, case, units=STRONG)
 
-    def test_strong_gates():
-        check(*make(T=45, tau=0.1))
+    @pytest.mark.parametrize(
+        ("C", "place", "levels"),
+        [
+            (32, "nowhere", {0}),
+            (32, "first token", {0, 1}),
+            (64, "start of a block of 32", {0, 1}),
+            (32, "start of a block of 8", {0, 2}),
+            (32, "neighbours", {0, 2, 3}),
+            (64, "neighbours", {0, 1, 2, 3}),
+        ],
+    )
+    def test_every_level_of_references(monkeypatch, C, place, levels):
+        chunks_of(C, monkeypatch)
+        case = Case(T=C + 6, B=1, HQ=1, H=1, K=5, V=4, M=3)
+        x = make(case)
+        x["g"] = forgetting(place, x["g"], C)
+        found, of_chunks = levels_of(x, case)
+        assert found == levels
+        assert of_chunks == sum(1 << (level - 1) for level in levels if level)
+        check(run("triton", x, case), x, case, units=STRONG)
 
-    def test_one_huge_gate_among_small_ones():
-        inputs, s, state = make(T=45, with_s=True)
-        inputs[3][:, 20, :, 3] = -1e4
-        inputs[3][:, 5] = -70
-        check(inputs, s, state)
+    @pytest.mark.parametrize("value", [-1e-4, -1e30, float("-inf")])
+    def test_gates_of_any_strength(value):
+        case = replace(SMALL, T=20, HQ=1)
+        x = make(case)
+        x["g"][:, 5:9, :, 1] = x["g"][:, 17] = value
+        check(run("triton", x, case), x, case, units=STRONG)
 
-    def test_packed_with_empty_sequences():
-        inputs, s, state = make(N=6)
-        check(inputs, s, state, torch.tensor([0, 0, 3, 3, 40, 70, 70]))
+    def test_what_comes_later_changes_no_bit():
+        case = replace(SMALL, HQ=1)
+        x = make(case)
+        x["g"][:, 4, :, 0] = -70.0
+        with torch.no_grad():
+            o = call("triton", x, case)[0]
+            for t in (7, 35):
+                y = {name: tensor.clone() for name, tensor in x.items()}
+                for name in "qkv":
+                    y[name][:, t:] *= -3
+                y["g"][:, t:] = -30.0
+                changed = call("triton", y, case)[0]
+                assert torch.equal(o[:, :t], changed[:, :t])
+                assert not torch.equal(o[:, t:], changed[:, t:])
+
+    @pytest.mark.parametrize("case", [SMALL, Case(lengths=(0, 3, 37), HQ=1, H=1, strength=True)], ids=str)
+    def test_recomputed_states_give_the_same_bits(case):
+        x = make(case)
+        kept = run("triton", x, case)
+        recomputed = with_gradients(lambda z: call("triton", z, case, states="recompute"), x)
+        assert kept.keys() == recomputed.keys()
+        for name, want in kept.items():
+            assert torch.equal(recomputed[name], want), name
+
+    def test_without_gradients_the_same_bits():
+        x = make(SMALL)
+        wanted = call("triton", {name: y.requires_grad_() for name, y in make(SMALL).items()}, SMALL)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                for y, want in zip(call("triton", x, SMALL), wanted, strict=True):
+                    assert torch.equal(y, want)
+        assert all(torch.equal(y, want) for y, want in zip(call("triton", x, SMALL), wanted, strict=True))
+
+    @pytest.mark.parametrize("names", ["q", "kv", "g", "s", "hk", "hv"])
+    def test_gradients_of_some_inputs_only(names):
+        case = replace(SMALL, T=20, strength=True)
+        wanted = [names] if names.startswith("h") else list(names)
+        x = make(case)
+        everything = run("triton", x, case)
+
+        def some(z):
+            return call("triton", {name: y if name in wanted else y.detach() for name, y in z.items()}, case)
+
+        for name, y in with_gradients(some, x).items():
+            if name[1:] in wanted or not name.startswith("d"):
+                assert torch.equal(y, everything[name]), name
+            else:
+                assert not y.any(), name
+
+    @pytest.mark.parametrize("result", [0, 1, 2])
+    def test_gradients_of_one_result_only(result):
+        case = replace(SMALL, T=20)
+        x = make(case)
+
+        def only(function):
+            return lambda z: [y if i == result else y.detach() for i, y in enumerate(function(z))]
+
+        found = with_gradients(only(lambda z: call("triton", z, case)), x)
+        wanted = with_gradients(only(lambda z: call("reference", z, case)), x)
+        for name, want in wanted.items():
+            assert (found[name] - want).norm() <= 1e-5 * (1 + want.norm()), name
+
+    def test_strides_do_not_matter():
+        case = replace(SMALL, T=20, HQ=2, H=2, strength=True)
+        x = make(case)
+
+        def strided(z):
+            views = {name: y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in z.items()}
+            views["v"] = torch.stack([z["v"], z["v"]], dim=-1)[..., 0]
+            assert not any(y.is_contiguous() for y in views.values())
+            return call("triton", views, case)
+
+        dense = run("triton", x, case)
+        for name, y in with_gradients(strided, x).items():
+            assert torch.equal(y, dense[name]), name
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=40, HQ=4, H=2, K=5, V=20, scale=0.7),
+            Case(T=33, B=1, HQ=1, H=1, K=17, V=16, state=False),
+            Case(T=3, B=1, HQ=1, H=1, K=1, V=1),
+            Case(lengths=(0, 3, 0, 37, 30, 0), HQ=2, H=1, K=8, V=9),
+            Case(T=290, B=1, HQ=1, H=1, K=4, V=3),
+        ],
+        ids=str,
+    )
+    def test_gated_linear_attention(case):
+        x = linear.make(case)
+        linear.check(linear.run("triton", x, case), x, case)
+
+    @pytest.mark.parametrize(("C", "place"), [(32, "neighbours"), (64, "start of a block of 32")])
+    def test_gated_linear_attention_with_strong_gates(monkeypatch, C, place):
+        chunks_of(C, monkeypatch)
+        case = Case(T=C + 6, B=1, HQ=2, H=1, K=3, V=4)
+        x = linear.make(case)
+        x["g"] = forgetting(place, x["g"], C)
+        linear.check(linear.run("triton", x, case), x, case, units=STRONG)
+
+    def test_gated_linear_attention_with_one_gate_a_head():
+        x = linear.make(SMALL, one_gate=True)
+        linear.check(linear.run("triton", x, SMALL), x, SMALL)
+
+    def test_gated_linear_attention_with_views_and_without_gradients():
+        x = linear.make(SMALL)
+        wanted = linear.call("triton", x, SMALL)
+        views = {name: y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in x.items()}
+        with torch.no_grad():
+            for y, want in zip(linear.call("triton", views, SMALL), wanted, strict=True):
+                assert torch.equal(y, want)
+        o, state = gated_linear_attention(*(x[name] for name in "qkvg"), scale=SMALL.scale, backend="triton")
+        assert state is None
+        start = {name: y for name, y in x.items() if name != "state"}
+        assert torch.equal(o, linear.call("triton", start, SMALL)[0])

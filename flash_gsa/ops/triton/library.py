@@ -23,7 +23,7 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
 
     recompute: the backward computes the states before every chunk again instead of keeping them.
     """
-    q, k, v, g, s, hk0, hv0 = (None if x is None else x.contiguous() for x in (q, k, v, g, s, hk0, hv0))
+    q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0))
     if not keep and not torch.compiler.is_compiling():
         return forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, False)[0]
@@ -35,7 +35,7 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
 
 def linear_attention(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
     """(o, hT): differentiable gated linear attention."""
-    q, k, v, g, h0 = (None if x is None else x.contiguous() for x in (q, k, v, g, h0))
+    q, k, v, g, h0 = _contiguous(q, k, v, g, h0)
     if not torch.compiler.is_compiling():
         return _LinearAttention.apply(q, k, v, g, h0, cu_seqlens, scale, want_final)
     o, hT, *_ = linear_attention_op(q, k, v, g, h0, cu_seqlens, scale, want_final)
@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dhkT, dhvT):
         q, k, v, g, s, hk0, hv0, cu_seqlens, *shared = ctx.saved_tensors
-        do, dhkT, dhvT = (None if x is None else x.contiguous() for x in (do, dhkT, dhvT))
+        do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
         return *backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, ctx.scale), *[None] * 4
 
 
@@ -72,11 +72,15 @@ class _LinearAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dhT):
         q, k, v, g, h0, cu_seqlens, *shared = ctx.saved_tensors
-        do, dhT = (None if x is None else x.contiguous() for x in (do, dhT))
+        do, dhT = _contiguous(do, dhT)
         return *linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, ctx.scale), None, None, None
 
 
-def _filled(tensors, like: Tensor) -> tuple[Tensor, ...]:
+def _contiguous(*tensors: Tensor | None) -> tuple:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _filled(tensors, like: Tensor) -> tuple:
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
@@ -132,10 +136,9 @@ def attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, s and the initial states."""
-    do, dhkT, dhvT = (None if x is None else x.contiguous() for x in (do, dhkT, dhvT))
-    states = (_absent(x) for x in shared[-2:])
-    shared = (*shared[:-2], *states)
-    return _filled(backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale), q)
+    do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
+    kept = (*shared[:-2], *(_absent(x) for x in shared[-2:]))
+    return _filled(backward_pass(q, k, v, g, s, hk0, hv0, kept, do, dhkT, dhvT, cu_seqlens, scale), q)
 
 
 @attention_backward_op.register_fake
@@ -207,7 +210,7 @@ def linear_attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and the initial state."""
-    do, dhT = (None if x is None else x.contiguous() for x in (do, dhT))
+    do, dhT = _contiguous(do, dhT)
     return _filled(linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale), q)
 
 

@@ -1,11 +1,17 @@
-"""Tile sizes, by kernel and by what is computed. One readable table instead of a search at run time.
+"""Tile sizes, by device and by what is computed: one readable table instead of a search at run time.
 
-C: tokens a chunk, the granularity of stored states. BD: width of a slice of K or V.
+`flash-gsa bench tune` measures its rows anew on a card. C: tokens a chunk, the granularity of stored states. BD: width
+of a slice of K or V.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+
+KERNELS = ("states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward")
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,152 @@ class Tiles:
     states_backward: Tile
     keys_backward: Tile
 
+    def cut(self, width: int) -> "Tiles":
+        """The same with no BD above `width`."""
+        tiles: dict[str, Tile] = {name: getattr(self, name) for name in KERNELS}
+        return Tiles(self.C, **{name: replace(tile, BD=min(tile.BD, width)) for name, tile in tiles.items()})
 
-def choose(dtype: torch.dtype, K: int, V: int, M: int, R: int) -> Tiles:
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: for which problems, which tiles, and why. None stands for any.
+
+    architecture: CUDA compute capability; precision: of q, k, v; slots: up to how many; grouped: whether there are more
+    query heads than key/value heads.
+    """
+
+    architecture: tuple[int, int] | None
+    precision: torch.dtype | None
+    slots: int
+    grouped: bool | None
+    tiles: Tiles
+    reason: str
+
+    def covers(self, architecture: tuple[int, int], precision: torch.dtype, M: int, R: int) -> bool:
+        """Whether it is for M slots and R query heads a group in this precision on this device."""
+        pairs = ((self.architecture, architecture), (self.precision, precision), (self.grouped, R > 1))
+        return self.slots >= M and all(mine is None or mine == given for mine, given in pairs)
+
+
+def _tiles(C: int, *kernels: tuple[int, int, int]) -> Tiles:
+    return Tiles(C, *(Tile(*kernel) for kernel in kernels))
+
+
+HOPPER, ANY = (9, 0), None
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SINGLE, GROUPED = False, True
+
+# The first row that covers a problem holds. Times are µs on one H100: of the layer of the 1.3B model (8×2048 tokens,
+# 4 heads of 512, 64 slots), for grouped queries of that of the 7B model (4×4096, 32 and 8 heads of 128, 64 slots).
+# KiB are those of shared memory that a program may have: 227 on Hopper, 163 on an A100, 99 on consumer cards.
+# fmt: off
+TABLE = (
+    # C, then (BD, warps, stages) of KERNELS in their order:
+    # states, outputs, values_backward, queries_backward, states_backward, keys_backward.
+    Row(HOPPER, BF16, 64, GROUPED,
+        _tiles(64, (128, 4, 3), (128, 4, 2), (128, 4, 2), (128, 4, 2), (128, 4, 3), (128, 4, 2)),
+        "C 64 against 128: outputs 373 and 494, values backward 614 and 813, keys backward 394 and 496"),
+    Row(HOPPER, BF16, 64, SINGLE,
+        _tiles(128, (128, 4, 2), (64, 8, 3), (64, 8, 3), (64, 8, 3), (128, 4, 2), (64, 8, 3)),
+        "C 128 against 64: walks 81–115 and 106–142, backward 108–143 and 140–192; rest alike; half the states"),
+    Row(HOPPER, BF16, 128, ANY,
+        _tiles(64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        "C·M as with 64 slots, which registers bound; not measured against others"),
+    Row(HOPPER, BF16, 256, SINGLE,
+        _tiles(64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        "the largest C that fits 227 KiB; not measured against others"),
+    Row(HOPPER, BF16, 256, GROUPED,
+        _tiles(32, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        "with C 64 keys backward takes 304 KiB; not measured against others"),
+    Row(HOPPER, FP16, 64, ANY,
+        _tiles(64, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "what meets gates is float32, twice as large as in bfloat16; not measured against others"),
+    Row(HOPPER, FP16, 128, ANY,
+        _tiles(64, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        "as for 64 slots, with these over twice the warps; not measured against others"),
+    Row(HOPPER, FP16, 256, ANY,
+        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        "the largest C that fits 227 KiB; not measured against others"),
+    Row(HOPPER, FP32, 64, ANY,
+        _tiles(32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "exact products use no tensor cores, and their operands fill registers; not measured against others"),
+    Row(HOPPER, FP32, 256, ANY,
+        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        "as for 64 slots, with these over twice the warps; not measured against others"),
+    Row(ANY, BF16, 64, ANY,
+        _tiles(64, (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "fits 96 KiB; not measured"),
+    Row(ANY, BF16, 128, ANY,
+        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        "fits 96 KiB; not measured"),
+    Row(ANY, ANY, 64, ANY,
+        _tiles(32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "fits 96 KiB; not measured"),
+    Row(ANY, ANY, 256, ANY,
+        _tiles(32, (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "the least there is: up to 119 KiB, beyond 128 slots 163 in bfloat16 and 225 in others; not measured"),
+)
+# fmt: on
+
+_forced: Tiles | None = None
+
+
+def choose(dtype: torch.dtype, K: int, V: int, M: int, R: int, device: torch.device) -> Tiles:
     """Tiles for heads of width K and V, M slots, R query heads a group."""
-    widest = max(16, 1 << (max(K, V) - 1).bit_length())
-    half = dtype in (torch.bfloat16, torch.float16)
-    narrow, wide = min(64, widest), min(128, widest)
-    if dtype == torch.bfloat16 and M <= 64 and R > 1:
-        walk, products = Tile(wide, 4, 3), Tile(wide, 4, 2)
-        return Tiles(64, walk, products, products, products, walk, products)
-    if dtype == torch.bfloat16 and M <= 64:
-        walk, products = Tile(wide, 4, 2), Tile(narrow, 8, 3)
-        return Tiles(128, walk, products, products, products, walk, products)
-    if dtype == torch.bfloat16:
-        walk, products = Tile(narrow, 8, 2), Tile(narrow, 8, 2)
-        return Tiles(64, walk, products, products, products, walk, products)
-    # float32 tiles are twice as large and its exact dots use no tensor cores.
-    C = 32 if M > 128 or not half else 64
-    small = Tile(min(32, widest), 8 if M > 64 else 4, 1)
-    return Tiles(C, small, small, small, small, small, small)
+    width = max(16, 1 << (int(max(K, V)) - 1).bit_length())
+    if _forced is not None:
+        return _forced.cut(width)
+    return _from_table(architecture(device), dtype, width, int(M), int(R))
+
+
+@functools.cache
+def _from_table(architecture: tuple[int, int], precision: torch.dtype, width: int, M: int, R: int) -> Tiles:
+    return find_row(architecture, precision, M, R).tiles.cut(width)
+
+
+def find_row(architecture: tuple[int, int], precision: torch.dtype, M: int, R: int) -> Row:
+    """The row that holds for M slots and R query heads a group."""
+    return next(row for row in TABLE if row.covers(architecture, precision, M, R))
+
+
+@functools.cache
+def architecture(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; elsewhere, as in the interpreter, that of the first rows."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HOPPER
+    return torch.cuda.get_device_capability(device)
+
+
+@contextmanager
+def using(tiles: Tiles) -> Iterator[None]:
+    """Within it, `tiles` hold for every problem instead of the table, in all threads: for tests and measurements.
+
+    A backward must run under the tiles of its forward: what they share lies by chunks.
+    """
+    global _forced
+    before, _forced = _forced, tiles
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def shared_bytes(kernel: str, tile: Tile, C: int, precision: torch.dtype, M: int, R: int) -> int:
+    """Shared memory that a program of `kernel` takes, at most; by compiling many tiles for capabilities 8.0 to 12.0.
+
+    Pipelined loads: of a walk `stages` times [C, M] weights and a [C, BD] slice of inputs; of the other kernels
+    `stages` times two such slices and one of a state [M, BD], beside [C, C] and [C, M] weights. Where gates are strong,
+    up to four tiles [C, M] and one on its way between layouts are there at once, and in `keys_backward` the loads
+    too if query heads are grouped.
+    """
+    slots = max(16, 1 << (M - 1).bit_length())
+    given = precision.itemsize
+    item = 2 if precision == BF16 else 4
+    if kernel in ("states", "states_backward"):
+        return tile.stages * C * (slots * item + tile.BD * given) + 2 * slots * tile.BD
+    state = tile.stages * slots * tile.BD * item
+    loads = tile.stages * 2 * C * tile.BD * given + state + (C + slots) * C * item
+    gates = C * slots * (12 + item)
+    if kernel == "keys_backward" and R > 1:
+        gates += C * slots * 2 * item + state
+    return max(loads, gates)

@@ -1,0 +1,71 @@
+"""What surrounds the operator in a layer: activations before it, its gates, activation and norm after it.
+
+Each is little arithmetic on much memory, so what counts is how often a number is read and written. On a GPU each
+function here is one Triton kernel forward and one backward; elsewhere, in float64, and under torch.compile, which fuses
+such chains by itself, it is its equation in PyTorch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .triton.available import runs_on
+
+try:
+    from .triton import pointwise as kernels
+except ImportError:  # torch's CPU build brings no Triton
+    kernels = None  # type: ignore[assignment]
+
+# A row of `silu_norm` is held in registers as a whole.
+WIDEST_ROW = 8192
+
+
+def silu_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of each: x σ(x), in x's dtype.
+
+    Args:
+        q, k, v: floating-point tensors of any shapes.
+
+    Returns:
+        Tensors of the same shapes and dtypes.
+    """
+    if not _fused(q, k, v):
+        return F.silu(q), F.silu(k), F.silu(v)
+    return kernels.silu_each(q, k, v)
+
+
+def log_gates(logits: Tensor, normalizer: float) -> Tensor:
+    """Log forget gates: g = log σ(f) / τ in float32.
+
+    Args:
+        logits: f, a floating-point tensor of any shape.
+        normalizer: τ > 0.
+
+    Returns:
+        g ≤ 0, float32, of the same shape.
+    """
+    if not _fused(logits):
+        return F.logsigmoid(logits.float()) / normalizer
+    return kernels.log_gates(logits, normalizer)
+
+
+def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of SiLU over the last dimension: y = a / √(mean(a²) + ε) ∘ w with a = x σ(x).
+
+    Args:
+        x: [..., D], floating point.
+        weight: w [D], or None for no weight.
+        eps: ε.
+
+    Returns:
+        y [..., D] in x's dtype. The kernel computes in float32 throughout; the weight's gradient is summed in a fixed
+        order, so that the same call gives the same bits.
+    """
+    if x.shape[-1] > WIDEST_ROW or not _fused(x):
+        # A weight of another dtype would keep PyTorch from its fused norm.
+        return F.rms_norm(F.silu(x), x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
+    return kernels.silu_norm(x, weight, eps)
+
+
+def _fused(*tensors: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and all(runs_on(x) for x in tensors)
