@@ -20,21 +20,26 @@ def about(command: str, device: str | None = None, known_commit: str | None = No
     Args:
         command: what was typed.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one.
-        known_commit: the commit of the code, where it lies outside a git checkout.
+        known_commit: the commit of the code, where git cannot say it: outside a checkout, or in one that differs from
+            its own commit.
 
     Raises:
-        UsageError: `known_commit` is given and is not the commit of the checkout the code lies in.
+        UsageError: `known_commit` is given, but the code is at another commit without differing from it.
     """
     import torch
 
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     found = commit()
-    if known_commit and found and not found.startswith(known_commit):
-        raise UsageError(f"the code is at commit {found}, not at {known_commit!r}; --commit is for copies without git")
+    told = found
+    if known_commit and not (found or "").startswith(known_commit):
+        if found and not found.endswith("-dirty"):
+            raise UsageError(f"the code is at commit {found}, not at {known_commit!r}; --commit is for copies without git")
+        told = known_commit
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": found or known_commit,
+        "commit": told,
+        **({"checkout": found} if told != found and found else {}),
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

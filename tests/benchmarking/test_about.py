@@ -16,11 +16,18 @@ def test_a_copy_without_git_takes_the_commit_it_is_told(monkeypatch):
     assert record["versions"]["flash-gsa"] == __version__
 
 
-def test_a_checkout_is_not_told_otherwise(monkeypatch):
+def test_a_clean_checkout_is_not_told_otherwise(monkeypatch):
+    monkeypatch.setattr(about, "commit", lambda: "0123456789ab")
+    assert about.about("x", "cpu", "0123456")["commit"] == "0123456789ab"
+    with pytest.raises(UsageError, match="the code is at commit 0123456789ab, not at 'abc'"):
+        about.about("x", "cpu", "abc")
+
+
+def test_a_copy_over_another_checkout_says_both(monkeypatch):
     monkeypatch.setattr(about, "commit", lambda: "0123456789ab-dirty")
     assert about.about("x", "cpu", "0123456")["commit"] == "0123456789ab-dirty"
-    with pytest.raises(UsageError, match="the code is at commit 0123456789ab-dirty, not at 'abc'"):
-        about.about("x", "cpu", "abc")
+    record = about.about("x", "cpu", "abc")
+    assert (record["commit"], record["checkout"]) == ("abc", "0123456789ab-dirty")
 
 
 def test_an_installation_inside_another_checkout_has_no_commit(monkeypatch, tmp_path):

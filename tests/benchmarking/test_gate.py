@@ -122,3 +122,13 @@ def test_inputs_are_a_trained_layers():
     assert x["q"].dtype == measured_dtype(CPU) == torch.float32
     assert measured_dtype(torch.device("cuda")) == torch.bfloat16
     assert torch.equal(x["k"], layer_inputs(SHAPE, CPU)["k"])
+
+
+def test_gradients_of_float32_gates_are_judged_by_the_format_of_the_inputs():
+    exact = {"o": torch.ones(4).double(), "dg": torch.ones(4).double(), "hk": torch.ones(4).double()}
+    plain = {name: x.float() for name, x in exact.items()}
+    off = {"o": plain["o"].bfloat16(), "dg": plain["dg"] * 1.01, "hk": plain["hk"]}
+    assert gate.compare(off, exact, plain).problem is None
+    assert "hk is off" in (gate.compare(off | {"hk": plain["hk"] * 1.01}, exact, plain).problem or "")
+    assert "dg is off" in (gate.compare(off | {"dg": plain["dg"] * 1.1}, exact, plain).problem or "")
+    assert "dg is off" in (gate.compare(off | {"o": plain["o"]}, exact, plain).problem or "")
