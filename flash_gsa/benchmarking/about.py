@@ -33,7 +33,9 @@ def about(command: str, device: str | None = None, known_commit: str | None = No
     told = found
     if known_commit and not (found or "").startswith(known_commit):
         if found and not found.endswith("-dirty"):
-            raise UsageError(f"the code is at commit {found}, not at {known_commit!r}; --commit is for copies without git")
+            raise UsageError(
+                f"the code is at commit {found}, not at {known_commit!r}; --commit is for copies without git"
+            )
         told = known_commit
     return {
         "command": command,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flash_gsa.cli.bench_tune import tune
 from flash_gsa.cli.checkpoint import DeviceOption
 from flash_gsa.errors import UsageError
 
@@ -151,6 +152,9 @@ def plots(
     if not isinstance(found, dict) or not {"about", "shapes", "lengths"} <= found.keys():
         raise UsageError(f"{result} is no result of `flash-gsa bench op --output FILE`")
     _draw(found, folder)
+
+
+bench.command("tune")(tune)
 
 
 def _draw(result: dict[str, Any], folder: Path) -> None:

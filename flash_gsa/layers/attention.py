@@ -136,12 +136,15 @@ class SoftmaxAttention(nn.Module):
                 mask = mask[None, None] & real[:, None, None]
                 # A padded query sees itself, so that its row of the softmax is not empty.
                 mask = mask | (column == row)
+        causal = mask is None
+        if T == 1:  # a branch, because torch.compile's symbolic T > 1 is no bool
+            causal = False
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
+            is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return o.transpose(1, 2)

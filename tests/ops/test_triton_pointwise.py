@@ -111,8 +111,8 @@ def test_gates_of_strong_logits_keep_their_digits(device, fused):
     want = F.logsigmoid(f.double())
     got = log_gates(f, 1.0)
     assert fused
-    # The exponent of e^-|f| is rounded to |f| half units in its last place.
-    allowed = torch.finfo(torch.float32).eps * (2 + f.double().abs().clamp(max=100)) * want.abs()
+    # The exponent of e^-|f| is rounded to |f| half units of the result; the rest is a division and a few products.
+    allowed = torch.finfo(torch.float32).eps * (8 + f.double().abs().clamp(max=100)) * want.abs()
     assert ((got.double() - want).abs() <= allowed + torch.finfo(torch.float32).tiny).all()
 
 

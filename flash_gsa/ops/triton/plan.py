@@ -13,8 +13,8 @@ from .tiles import choose
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
 RANGE = 60.0
-# Programs of a walk that keep the memory busy (measured: 128 stream as fast as 512). Long sequences are cut into segments
-# until there are as many; each cut costs one more pass over the inputs, so not sooner.
+# Programs of a walk that keep the memory busy (measured: 128 stream as fast as 512). Long sequences are cut into
+# segments until there are as many; each cut costs one more pass over the inputs, so not sooner.
 FILLING = 128
 
 
@@ -70,11 +70,6 @@ class Plan:
         self.cu_seqlens, self.device = cu_seqlens, q.device
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
         self.chunks = Parts(self.B, self.T, C, cu_seqlens)
-        # At least 8 chunks a segment: cutting costs one more pass over the inputs.
-        walks = self.H * self.slices(self.tiles.states)
-        self.segment_chunks = max(8, cdiv(cdiv(self.B * self.T, C) * walks, FILLING))
-        self.split = self.segment_chunks * C < self.T
-        self.segments = Parts(self.B, self.T, self.segment_chunks * C, cu_seqlens, at_least_one=True)
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -90,6 +85,24 @@ class Plan:
         self.slot_slices = padded(self.M) // 16
         self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices}
         self.linear = {"LINEAR": linear}
+
+    @functools.cached_property
+    def segments(self) -> Parts:
+        """What walks in parallel. Found at the first launch: for fake tensors it would tie a graph to its length."""
+        walks = self.H * self.slices(self.tiles.states)
+        # At least 8 chunks a segment: cutting costs one more pass over the inputs.
+        chunks = max(8, cdiv(cdiv(self.B * self.T, self.tiles.C) * walks, FILLING))
+        return Parts(self.B, self.T, chunks * self.tiles.C, self.cu_seqlens, at_least_one=True)
+
+    @property
+    def segment_chunks(self) -> int:
+        """Chunks of a segment."""
+        return self.segments.span // self.tiles.C
+
+    @property
+    def split(self) -> bool:
+        """Whether a sequence may have several segments."""
+        return self.segments.span < self.T
 
     @functools.cached_property
     def tables(self) -> tuple:

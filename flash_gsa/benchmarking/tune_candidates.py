@@ -1,0 +1,208 @@
+"""What `flash-gsa bench tune` tries, and how it decides: workloads, candidates, the choice, the row for the table."""
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, TypeVar
+
+import torch
+
+from flash_gsa.errors import UsageError, did_you_mean
+from flash_gsa.ops.triton.tiles import (
+    BF16,
+    FP16,
+    FP32,
+    HOPPER,
+    KERNELS,
+    TABLE,
+    Row,
+    Tile,
+    Tiles,
+    find_row,
+    shared_bytes,
+)
+
+from .shapes import SUITES, Shape
+
+Architecture = tuple[int, int]
+Option = TypeVar("Option", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call that tiles are measured with. `name` is what `--shape` calls it.
+
+    linear: gated linear attention, whose keys take the slots' part: K = M, and no kernel for queries of its own.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    linear: bool = False
+
+    @property
+    def label(self) -> str:
+        """For tables: "1.3B 8×2048 bfloat16"."""
+        return f"{self.name} {self.shape.B}×{self.shape.T} {self.precision}"
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.shape.HQ // self.shape.H
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return tuple(kernel for kernel in KERNELS if not (self.linear and kernel == "queries_backward"))
+
+    def row(self, architecture: Architecture) -> Row:
+        """The row of the table that holds for it."""
+        return find_row(architecture, self.dtype, self.shape.M, self.group)
+
+    def tiles(self, tiles: Tiles) -> Tiles:
+        """The same tiles, no wider than its heads."""
+        return tiles.cut(1 << (max(16, 0 if self.linear else self.shape.K, self.shape.V) - 1).bit_length())
+
+
+def _layer(name: str, **changes: Any) -> Shape:
+    return replace(next(shape for shape in SUITES["gpu"].shapes if shape.name == name), **changes)
+
+
+_GLA: dict[str, Any] = {"K": 256, "M": 256}
+WORKLOADS = (
+    Workload("1.3B", _layer("1.3B"), BF16),
+    Workload("7B", _layer("7B"), BF16),
+    Workload("340M", _layer("340M"), BF16),
+    Workload("GLA-1.3B", _layer("1.3B", **_GLA), BF16, linear=True),
+    Workload("1.3B-128", _layer("1.3B", M=128), BF16),
+    Workload("7B-256", _layer("7B", M=256), BF16),
+    Workload("1.3B-fp16", _layer("1.3B"), FP16),
+    Workload("1.3B-128-fp16", _layer("1.3B", M=128), FP16),
+    Workload("GLA-1.3B-fp16", _layer("1.3B", **_GLA), FP16, linear=True),
+    Workload("340M-fp32", _layer("340M", B=2), FP32),
+    Workload("GLA-1.3B-fp32", _layer("1.3B", B=2, **_GLA), FP32, linear=True),
+)
+"""At least one for every row that Hopper has; numbers after a name are its slots, else 64 (256 in GLA)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The workloads that one row is for.
+
+    before: the row that holds for them on this device; model: Hopper's, whose precision, slots and heads are kept.
+    """
+
+    before: Row
+    model: Row
+    workloads: tuple[Workload, ...]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that some workload has."""
+        return tuple(kernel for kernel in KERNELS if any(kernel in w.kernels for w in self.workloads))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Values of C worth trying: those of both rows, then half and twice of the first."""
+        first = (self.before.tiles.C, self.model.tiles.C)
+        more = (C for C in (64, 32, 128) if max(C, first[0]) <= 2 * min(C, first[0]))
+        return tuple(dict.fromkeys((*first, *more)))
+
+    def candidates(self, kernel: str, C: int, limit: int) -> tuple[list[Tile], int]:
+        """Tiles worth trying, the likeliest first, and how many were left out.
+
+        Those of both rows, then what is near them. Left out is what takes more than twice `limit` bytes of shared
+        memory by the estimate, which is never that far off; what takes too much after all is found by compiling it.
+        """
+        rows = list(dict.fromkeys(getattr(row.tiles, kernel) for row in (self.before, self.model)))
+        half = self.workloads[0].dtype == BF16
+        widths, stages = ((32, 64, 128), (1, 2, 3, 4)) if half else ((16, 32, 64), (1, 2, 3))
+        widest = max(getattr(w.tiles(Tiles(C, *[Tile(512, 4, 1)] * 6)), kernel).BD for w in self.workloads)
+        near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages) if sizes[0] <= widest]
+        near.sort(key=lambda tile: min(_distance(tile, row) for row in rows))
+        every = list(dict.fromkeys((*rows, *near)))
+        fits = [tile for tile in every if tile in rows or self._shared(kernel, tile, C) <= 2 * limit]
+        return fits, len(every) - len(fits)
+
+    def _shared(self, kernel: str, tile: Tile, C: int) -> int:
+        return max(shared_bytes(kernel, tile, C, w.dtype, w.shape.M, w.group) for w in self.workloads)
+
+
+def _distance(a: Tile, b: Tile) -> float:
+    return abs(math.log2(a.BD / b.BD)) + abs(math.log2(a.warps / b.warps)) + abs(a.stages - b.stages)
+
+
+def groups(names: Sequence[str], architecture: Architecture) -> list[Group]:
+    """The workloads called `names` (empty: all), by the row that they are for.
+
+    Raises:
+        UsageError: there is none of a name.
+    """
+    known = [workload.name for workload in WORKLOADS]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no shape {name!r}; choose of {', '.join(known)}.{did_you_mean(name, known)}")
+    found: dict[int, Group] = {}
+    for workload in WORKLOADS:
+        if not names or workload.name in names:
+            model = workload.row(HOPPER)
+            group = found.get(id(model), Group(workload.row(architecture), model, ()))
+            found[id(model)] = replace(group, workloads=(*group.workloads, workload))
+    return list(found.values())
+
+
+Rounds = Mapping[str, Sequence[float]]
+"""Seconds of one option in every round, by workload."""
+
+
+def best(measured: Mapping[Option, Rounds], before: Option | None = None) -> Option | None:
+    """The fastest option, over all workloads together; None if none was measured twice on each.
+
+    `before` is kept unless an option is faster than it even in its slowest rounds.
+    """
+    workloads = {workload for rounds in measured.values() for workload in rounds}
+    whole = {
+        option: rounds
+        for option, rounds in measured.items()
+        if workloads and all(len(rounds.get(workload, ())) > 1 for workload in workloads)
+    }
+    if not whole:
+        return None
+    if before in whole:
+        lowest = _together(min(rounds) for rounds in whole[before].values())
+        slowest = {option: _together(max(r) for r in rounds.values()) for option, rounds in whole.items()}
+        faster = [option for option in whole if slowest[option] < lowest]
+        return min(faster, key=slowest.__getitem__, default=before)
+    return min(whole, key=lambda option: _together(sum(r) / len(r) for r in whole[option].values()))
+
+
+def _together(seconds: Iterable[float]) -> float:
+    """Grows with each of them by its share: a workload counts as much as another that takes longer."""
+    return sum(math.log(x) for x in seconds)
+
+
+def row_text(architecture: Architecture, model: Row, tiles: Tiles, reason: str) -> str:
+    """A row as it stands in `TABLE`."""
+    precision = {BF16: "BF16", FP16: "FP16", FP32: "FP32", None: "ANY"}[model.precision]
+    heads = {True: "GROUPED", False: "SINGLE", None: "ANY"}[model.grouped]
+    place = "HOPPER" if architecture == HOPPER else str(tuple(architecture))
+    sizes = ", ".join(str(sizes_of(getattr(tiles, kernel))) for kernel in KERNELS)
+    return (
+        f"    Row({place}, {precision}, {model.slots}, {heads},\n"
+        f"        _tiles({tiles.C}, {sizes}),\n"
+        f'        "{reason}"),'
+    )
+
+
+def sizes_of(tile: Tile) -> tuple[int, int, int]:
+    """(BD, warps, stages)."""
+    return tile.BD, tile.warps, tile.stages
+
+
+def stands_in_table(architecture: Architecture, row: Row) -> bool:
+    """Whether `row` is one of the table's own for this architecture, not one for any."""
+    return row in TABLE and row.architecture == architecture
