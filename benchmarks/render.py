@@ -94,6 +94,33 @@ def kernel_steps(result: dict[str, Any]) -> str:
     )
 
 
+def kernel_state(result: dict[str, Any]) -> str:
+    names = ["o", "hk", "hv", "dq", "dk", "dv", "dg", "ds"]
+    errors = [
+        [r["format"], r["case"], *(f"{r['errors'][n]:.1e}" if n in r["errors"] else "" for n in names)]
+        for r in result["accuracy"]
+    ]
+    times = [
+        [
+            r["layer"],
+            str(r["C"]),
+            f"{r['forward_ms']:.2f}",
+            f"{r['forward_backward_ms']:.2f}",
+            str(r["memory_mib"]),
+        ]
+        for r in result["times"]
+    ]
+    return "\n\n".join(
+        [
+            "Distance from float64, as a part of the norm:",
+            table(["inputs", "case", *names], errors),
+            "Time and peak memory above the inputs, bfloat16:",
+            table(["layer", "C", "forward, ms", "forward + backward, ms", "MiB"], times),
+            told(result["about"]),
+        ]
+    )
+
+
 def decode_gpu(result: dict[str, Any]) -> str:
     rows = []
     for r in result["times"]:
@@ -128,6 +155,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "kernel_steps": kernel_steps,
+    "kernel_state": kernel_state,
     "decode_gpu": decode_gpu,
 }
 
