@@ -13,7 +13,9 @@ from .triton.available import runs_on
 
 try:
     from .triton import pointwise as kernels
-except ImportError:  # torch's CPU build brings no Triton
+except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
+    if error.name != "triton":
+        raise
     kernels = None  # type: ignore[assignment]
 
 # A row of `silu_norm` is held in registers as a whole.

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.gpu
 
 BATCH = Case(T=150, HQ=4, H=2, K=64, V=64, M=32, scale=0.7)
 PACKED = replace(BATCH, B=1, lengths=(0, 100, 3, 0, 47))
-NEAR = 4 * torch.finfo(torch.bfloat16).eps  # what fusing two roundings into one may move
 LONG = replace(BATCH, B=1, T=2500, HQ=1, H=1)  # in several segments
+NEAR = 4 * torch.finfo(torch.bfloat16).eps  # what fusing two roundings into one may move
 
 
 @pytest.fixture(autouse=True)

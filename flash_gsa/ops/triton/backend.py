@@ -11,7 +11,9 @@ try:
 
     from .library import attention, linear_attention
     from .step import triton_step
-except ImportError:  # torch's CPU build brings no Triton
+except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
+    if error.name != "triton":
+        raise
     triton = triton_step = None  # type: ignore[assignment]
 
 MAX_HEAD, MAX_SLOTS = 512, 256
