@@ -40,7 +40,7 @@ class Backend:
 
     `forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens) -> (o, state | None)`
     gets arguments that `validation.check_sequence` has accepted; `s` may be None, meaning 1 − e^g.
-    `step(q, k, v, g, s, state, scale) -> (o, state)` is one token; None: the reference step is used.
+    `step(q, k, v, g, s, state, scale, in_place=False) -> (o, state)` is one token; None: the reference step is used.
     `linear_forward(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> (o, state | None)` is gated
     linear attention, g having k's shape; None: the backend has none.
     `linear_step(q, k, v, g, state, scale) -> (o, state)` is one token of it; None: the reference step is used.
