@@ -4,11 +4,14 @@ from typing import Any
 
 from benchmarks.markdown import table, told
 from flash_gsa.benchmarking.plots import STYLES
-from flash_gsa.benchmarking.report import NAMES, milliseconds, peak, ran, verdict
+from flash_gsa.benchmarking.report import NAMES, OPERATIONS, milliseconds, peak, ran, rate, verdict
+
+PASSES = (("forward", "forward"), ("+ backward", "forward_backward"))
+LAYERS = ("auto", "separate", "fla")
 
 
 def operator(result: dict[str, Any]) -> str:
-    """A result of `flash-gsa bench op`: shapes, decoding, the start of a process, the device at its best."""
+    """A result of `flash-gsa bench op`: shapes, layers, decoding, the start of a process, the device at its best."""
     shapes = _by_label(result["shapes"])
     names = [name for name in STYLES if any(_timed(records.get(name)) for records in shapes.values())]
     other = next((name for name in ("fla", "reference") if name in names), None)
@@ -19,7 +22,7 @@ def operator(result: dict[str, Any]) -> str:
     header += [f"MiB, {NAMES[name]}" for name in with_memory]
     rows = []
     for label, records in shapes.items():
-        for passes, key in (("forward", "forward"), ("+ backward", "forward_backward")):
+        for passes, key in PASSES:
             own = _timed(records["auto"])
             row = [label if key == "forward" else "", passes]
             row += [milliseconds({"seconds": own[key]["least_seconds"]}) if own else ""] if best else []
@@ -27,7 +30,7 @@ def operator(result: dict[str, Any]) -> str:
             row += [_times_faster(own, _timed(records.get(other)), key)] if other else []
             rows.append(row + [_memory(records.get(name), key) for name in with_memory])
     times = table(header, rows) if rows else ""
-    parts = (times, _problems(shapes), _decoding(result), _sentences(result), told(result["about"]))
+    parts = (times, _problems(shapes), *_layers(result), _decoding(result), _sentences(result), told(result["about"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -65,6 +68,36 @@ def _problems(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
         for name, record in records.items()
         if record["problem"] and name in NAMES
     )
+
+
+def _layers(result: dict[str, Any]) -> list[str]:
+    """The whole layer beside its projections, what surrounds its operator, and what of both has no figures."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in ran(result.get("layer", [])):  # results from before there was this part have none
+        found.setdefault((record["operation"], record["shape"]["label"]), {})[record["implementation"]] = record
+    ways = {name for (operation, _), records in found.items() if operation != "projections" for name in records}
+    names = [name for name in LAYERS if name in ways]
+    with_memory = [name for name in names if any(_memory(records.get(name)) for records in found.values())]
+    own = [name for name in names if name != "fla"]
+    whole, around = [], []
+    for (operation, label), records in found.items():
+        for passes, key in PASSES:
+            title = [f"{label}, {OPERATIONS[operation]}" if key == "forward" else "", passes]
+            if operation == "layer":
+                floor = found.get(("projections", label), {}).get("auto")
+                times = [_cell(floor, key), *(_cell(records.get(name), key) for name in names)]
+                whole.append([*title, *times, *(_memory(records.get(name), key) for name in with_memory)])
+            elif operation != "projections":
+                around.append([*title, *(f(records.get(name), key) for name in own for f in (_cell, _rate))])
+    titles = ["projections", *(NAMES[name] for name in names), *(f"MiB, {NAMES[name]}" for name in with_memory)]
+    moved = [title for name in own for title in (NAMES[name], "GB/s (of a copy)")]
+    tables = [table(["ms", "", *head], rows) for head, rows in ((titles, whole), (moved, around)) if rows]
+    return [*tables, _problems({f"{label}, {OPERATIONS[what]}": records for (what, label), records in found.items()})]
+
+
+def _rate(record: dict[str, Any] | None, key: str) -> str:
+    timed = _timed(record)
+    return rate(timed[key]) if timed else ""
 
 
 def _decoding(result: dict[str, Any]) -> str:

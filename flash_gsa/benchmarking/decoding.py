@@ -1,6 +1,5 @@
 """One decoding step, without what it costs to launch it, beside the copy of the state that it cannot do without."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from .gate import Errors, compare, in_precision
 from .implementations import Implementation, Tensors, implementation
 from .measurements import open_device
 from .shapes import Shape
-from .timing import Cost, Stopwatch
+from .timing import Cost, Stopwatch, captured
 
 MOST_STEPS = 128
 """Steps run one after the other in one timed call, at most."""
@@ -54,7 +53,7 @@ def measure_decoding(
             return [candidate.step(x, _split(state, shape)) for state in states]
 
     with torch.no_grad():
-        cost = Stopwatch(place, budget, repeats).cost(_captured(run, place), flush=False)
+        cost = Stopwatch(place, budget, repeats).cost(captured(run, place), flush=False)
     each = Cost(cost.seconds / steps, cost.low / steps, cost.high / steps, cost.calls)
     return record | asdict(each)
 
@@ -82,25 +81,3 @@ def _split(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     B, H, K, V, M = shape.B, shape.H, shape.K, shape.V, shape.M
     hk, hv = flat.split([B * H * K * M, B * H * M * V])
     return hk.view(B, H, K, M), hv.view(B, H, M, V)
-
-
-def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """`run` as a CUDA graph, so that launches cost nothing; on a CPU `run` itself."""
-    if device.type != "cuda":
-        run()
-        return run
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
-
-    replay()
-    return replay

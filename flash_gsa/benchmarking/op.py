@@ -13,11 +13,12 @@ from flash_gsa.errors import UsageError, did_you_mean
 from . import measurements
 from .cold_start import measure_cold_start
 from .decoding import measure_decoding
+from .layer import measure_layer, measured_of_layers
 from .report import told
 from .shapes import SUITES, Shape, Suite
 from .worker import Failed, TookTooLong, Worker
 
-PARTS = ("ceilings", "shapes", "decoding", "lengths", "cold_start")
+PARTS = ("ceilings", "shapes", "layer", "decoding", "lengths", "cold_start")
 
 Result = dict[str, Any]
 
@@ -122,6 +123,7 @@ def _benchmark(options: Options, output: Path | None, say: Callable[[str], None]
         "constant_tokens": suite.tokens,
         "ceilings": None,
         "shapes": [],
+        "layer": [],
         "decoding": [],
         "lengths": [],
         "cold_start": [],
@@ -151,6 +153,7 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
     _all_known("shape", options.shapes, [*{s.name: 0 for s in suite.shapes}, *(s.label for s in suite.shapes)])
     device, parts = here["device"], options.only or PARTS
     how = (options.budget or suite.budget, options.repeats or suite.repeats)
+    chosen = [s for s in suite.shapes if not options.shapes or {s.name, s.label} & set(options.shapes)]
     named = [n for name in suite.implementations for n in (here["backends"] if name == "backends" else [name])]
 
     if "ceilings" in parts:
@@ -158,11 +161,17 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
         yield Task("ceilings", "ceilings", measurements.measure_ceilings, arguments, {"problem": None})
     if "shapes" in parts:
         names = options.peers or tuple(dict.fromkeys(named))
-        for shape in suite.shapes:
-            if not options.shapes or {shape.name, shape.label} & set(options.shapes):
-                for name in _in_reach(names, shape, suite):
-                    beside_auto = "auto" in names and name != "auto"
-                    yield _task("shapes", measurements.measure_shape, device, name, shape, *how, True, beside_auto)
+        for shape in chosen:
+            for name in _in_reach(names, shape, suite):
+                beside_auto = "auto" in names and name != "auto"
+                yield _task("shapes", measurements.measure_shape, device, name, shape, *how, True, beside_auto)
+    if "layer" in parts:
+        layers = [shape for shape in suite.layers if shape in chosen]
+        asked = options.peers or suite.layer_implementations
+        # Separate operations are another way to run our own layer, so they come with it.
+        ways = [n for n in suite.layer_implementations if n in asked or (n == "separate" and "auto" in asked)]
+        for shape, operation, name in measured_of_layers(layers, ways):
+            yield _task("layer", measure_layer, device, name, shape, operation, *how, operation=operation)
     if "decoding" in parts:
         names = tuple(n for n in options.peers or suite.decoding_implementations if n in here["decoders"])
         for batch in suite.batches:
@@ -178,9 +187,19 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
             yield _task("cold_start", measure_cold_start, device, name, suite.cold_start)
 
 
-def _task(part: str, function: Callable[..., Result], device: str, name: str, shape: Shape, *rest: Any) -> Task:
+def _task(
+    part: str,
+    function: Callable[..., Result],
+    device: str,
+    name: str,
+    shape: Shape,
+    *rest: Any,
+    operation: str | None = None,
+) -> Task:
     known = {"implementation": name, "shape": asdict(shape) | {"label": shape.label}, "problem": None}
-    title = f"{part.replace('_', ' ')} {shape.label} {name}"
+    if operation is not None:
+        known["operation"] = operation
+    title = f"{(operation or part).replace('_', ' ')} {shape.label} {name}"
     return Task(part, title, function, (device, name, shape, *rest), known)
 
 

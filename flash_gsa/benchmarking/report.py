@@ -11,13 +11,24 @@ Record = dict[str, Any]
 NAMES = {
     "copy": "copy of the state",
     "auto": "flash-gsa",
+    "separate": "flash-gsa, separate",
     "fla": "FLA",
     "sdpa-cudnn": "softmax, cuDNN",
     "sdpa-flash": "softmax, flash",
     "reference": "the recurrence",
 }
+OPERATIONS = {
+    "projections": "the projections alone",
+    "layer": "the layer",
+    "silu": "SiLU of q, k, v",
+    "gates": "log gates",
+    "norm": "SiLU and RMSNorm of o",
+}
+"""What is measured of a layer, by the names in a result."""
 LEGEND = (
     "× least: with backward, how many times longer than a copy of the bytes that must be read and written. "
+    "× projections: how many times longer than these alone. GB/s: of bytes that must be read and written (and "
+    "which part of a copy's). "
     "MiB: at the worst moment, above the inputs. error: largest distance of a result from 64-bit numbers."
 )
 
@@ -49,13 +60,18 @@ def told(part: str, record: Record) -> str:
 
 def milliseconds(cost: Record) -> str:
     """Three digits."""
-    value = 1e3 * cost["seconds"]
-    return f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
+    return _digits(1e3 * cost["seconds"])
 
 
 def peak(cost: Record) -> float | None:
     """MiB above the inputs, or None where memory is not measured."""
     return None if cost["peak_bytes"] is None else cost["peak_bytes"] / 2**20
+
+
+def rate(cost: Record) -> str:
+    """GB/s at which it moved what must be moved; where the copy was measured, also as a part of it: "1,530 (61%)"."""
+    moved = _digits(cost["least_bytes"] / cost["seconds"] / 1e9)
+    return f"{moved} ({1 / cost['times_the_least']:.0%})" if "times_the_least" in cost else moved
 
 
 def largest_error(record: Record) -> float:
@@ -82,8 +98,9 @@ def tables(result: Record) -> list["Table"]:
         ("shapes", "Shapes"),
         ("lengths", f"Against the length: one sequence, and {result['constant_tokens']:,} tokens"),
     ):
-        rows = [[record["shape"]["label"], _short(record), *_cells(record)] for record in ran(result[part])]
+        rows = [[r["shape"]["label"], _short(r), *_cells(r, _times_the_least(r))] for r in ran(result[part])]
         made.append(_table(title, ["shape", "", "forward ms", "with backward", "× least", "MiB", "error"], rows))
+    made += _layer_tables(ran(result["layer"]))
     steps = [
         [str(r["shape"]["B"]), _short(r), verdict(r) or f"{1e6 * r['seconds']:,.1f}"] for r in ran(result["decoding"])
     ]
@@ -96,12 +113,32 @@ def tables(result: Record) -> list["Table"]:
     return [table for table in made if table.row_count]
 
 
+def _layer_tables(records: list[Record]) -> list["Table"]:
+    floors = {r["shape"]["label"]: r for r in records if r["operation"] == "projections" and not verdict(r)}
+    whole, around = [], []
+    for r in records:
+        label, operation = r["shape"]["label"], r["operation"]
+        if operation in ("projections", "layer"):
+            name = _short(r) if operation == "layer" else operation
+            whole.append([label, name, *_cells(r, _times(r, floors.get(label)))])
+        else:
+            around.append([label, f"{operation} {r['implementation']}", *_moving_cells(r)])
+    columns = ["shape", "", "forward ms", "with backward", "× projections", "MiB", "error"]
+    moving = ["shape", "", "forward ms", "GB/s", "with backward", "GB/s", "error"]
+    return [_table("The layer", columns, whole), _table("Around the operator", moving, around)]
+
+
+def _digits(value: float) -> str:
+    return f"{value:#.3g}" if value < 99.95 else f"{value:,.0f}"
+
+
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> "Table":
     from rich.table import Table
 
     table = Table(title=title, box=None, pad_edge=False, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("", "shape") else "right", no_wrap=column == "shape")
+        names = column in ("", "shape")
+        table.add_column(column, justify="left" if names else "right", no_wrap=names)
     for row in rows:
         table.add_row(*row)
     return table
@@ -113,7 +150,18 @@ def _short(record: Record) -> str:
     return f"{name} ({record['backend']})" if name == "auto" and record.get("backend") else name
 
 
-def _cells(record: Record) -> list[str]:
+def _times_the_least(record: Record) -> str:
+    times = record.get("forward_backward", {}).get("times_the_least")
+    return "" if times is None else f"{times:.1f}"
+
+
+def _times(record: Record, floor: Record | None) -> str:
+    if floor is None or verdict(record):
+        return ""
+    return f"{record['forward_backward']['seconds'] / floor['forward_backward']['seconds']:.2f}"
+
+
+def _cells(record: Record, ratio: str) -> list[str]:
     if short := verdict(record):
         return [short]
     forward, both = record["forward"], record["forward_backward"]
@@ -121,7 +169,14 @@ def _cells(record: Record) -> list[str]:
     return [
         milliseconds(forward),
         milliseconds(both),
-        f"{both['times_the_least']:.1f}" if "times_the_least" in both else "",
+        ratio,
         "" if memory is None else f"{memory:,.0f}",
         f"{largest_error(record):.0e}",
     ]
+
+
+def _moving_cells(record: Record) -> list[str]:
+    if short := verdict(record):
+        return [short]
+    costs = (record["forward"], record["forward_backward"])
+    return [*(cell for cost in costs for cell in (milliseconds(cost), rate(cost))), f"{largest_error(record):.0e}"]

@@ -64,14 +64,17 @@ class Shape:
 class Suite:
     """One choice of sizes.
 
+    `layers` are those of `shapes` at which the whole layer is timed, d = HQ·K = HQ·V wide.
     `most_tokens` holds up to where an implementation is timed that would take too long beyond.
     `sweep` gives the sizes for time against length: at `lengths` with one sequence, and with as many as make
     `tokens`. `decode` gives those of a decoding step, for `batches`, whose states are taken in turn from
     `rotated_bytes`. `implementations` are what is measured unless named, where "backends" stands for every backend of
-    the operator but the reference; `sweep_implementations` those timed against length. `budget` is in seconds.
+    the operator but the reference; `layer_implementations` are the ways to run a layer; `sweep_implementations` those
+    timed against length. `budget` is in seconds.
     """
 
     shapes: tuple[Shape, ...]
+    layers: tuple[Shape, ...]
     sweep: Shape
     lengths: tuple[int, ...]
     tokens: int
@@ -82,6 +85,7 @@ class Suite:
     copy_bytes: int
     product_size: int
     implementations: tuple[str, ...]
+    layer_implementations: tuple[str, ...]
     sweep_implementations: tuple[str, ...]
     decoding_implementations: tuple[str, ...]
     most_tokens: dict[str, int]
@@ -103,6 +107,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 
 
 _LAYER_1_3B = Shape("1.3B", 8, 2048, HQ=4, H=4, K=512, V=512, M=64)
+_LAYER_340M = Shape("340M", 8, 2048, HQ=4, H=4, K=256, V=256, M=64)
 _SMALL = Shape("small", 1, 2048, HQ=4, H=4, K=64, V=64, M=64)
 _TINY = Shape("tiny", 1, 64, HQ=2, H=2, K=16, V=16, M=16)
 
@@ -113,8 +118,9 @@ SUITES = {
             replace(_LAYER_1_3B, B=1, T=16384),
             replace(_LAYER_1_3B, B=1, T=65536),
             Shape("7B", 4, 4096, HQ=32, H=8, K=128, V=128, M=64),
-            Shape("340M", 8, 2048, HQ=4, H=4, K=256, V=256, M=64),
+            _LAYER_340M,
         ),
+        layers=(_LAYER_1_3B, replace(_LAYER_1_3B, B=1, T=16384), _LAYER_340M),
         sweep=_LAYER_1_3B,
         lengths=_doubling(512, 512 * 1024),
         tokens=65536,
@@ -125,6 +131,7 @@ SUITES = {
         copy_bytes=2**31,
         product_size=8192,
         implementations=("auto", "backends", "sdpa-cudnn", "sdpa-flash", "fla"),
+        layer_implementations=("auto", "separate", "fla"),
         sweep_implementations=("auto", "sdpa-cudnn", "fla"),
         decoding_implementations=("auto", "fla"),
         most_tokens={"reference": 2048},
@@ -138,6 +145,7 @@ SUITES = {
             replace(_SMALL, name="grouped", HQ=8, H=2),
             replace(_SMALL, name="packed", lengths=(700, 1, 64, 900, 255, 128)),
         ),
+        layers=(_SMALL,),
         sweep=_SMALL,
         lengths=_doubling(512, 8192),
         tokens=4096,
@@ -148,6 +156,7 @@ SUITES = {
         copy_bytes=2**28,
         product_size=1024,
         implementations=("auto", "backends", "reference", "sdpa-flash"),
+        layer_implementations=("auto",),
         sweep_implementations=("auto", "reference", "sdpa-flash"),
         decoding_implementations=("auto",),
         most_tokens={"reference": 2048},
@@ -156,6 +165,7 @@ SUITES = {
     ),
     "quick": Suite(
         shapes=(_TINY, replace(_TINY, name="packed", lengths=(40, 1, 23))),
+        layers=(_TINY,),
         sweep=_TINY,
         lengths=(32, 64),
         tokens=64,
@@ -166,6 +176,7 @@ SUITES = {
         copy_bytes=2**20,
         product_size=128,
         implementations=("auto", "sdpa-flash"),
+        layer_implementations=("auto",),
         sweep_implementations=("auto",),
         decoding_implementations=("auto",),
         most_tokens={},

@@ -57,7 +57,7 @@ class Workload:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return tuple(kernel for kernel in KERNELS if not (self.linear and kernel == "queries_backward"))
+        return KERNELS
 
     def row(self, architecture: Architecture) -> Row:
         """The row of the table that holds for it."""

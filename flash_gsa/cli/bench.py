@@ -48,7 +48,7 @@ def op(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Parts of the benchmark: ceilings, shapes, decoding, lengths, cold_start.",
+            help="Parts of the benchmark: ceilings, shapes, layer, decoding, lengths, cold_start.",
             metavar="PART,…",
             show_default="all",
         ),
@@ -89,9 +89,9 @@ def op(
     """Measure time and memory of the operator, beside FLA and softmax attention where they are to be had.
 
     Values come before speed: what differs from its definition in 64-bit numbers is reported as wrong and
-    not timed. Then: forward, and forward and backward, at the shapes of models; one decoding step; time and
-    memory against the length; the start of a new process with empty caches; and what the device can do at
-    best. A measurement that fails or takes too long is recorded as such, and the next begins.
+    not timed. Then: forward, and forward and backward, at the shapes of models; the layer around it, and what
+    surrounds it there, fused and separate; one decoding step; time and memory against the length; the start
+    of a new process with empty caches; and what the device can do at best. A measurement that fails or takes too long is recorded as such, and the next begins.
 
     Examples:
 

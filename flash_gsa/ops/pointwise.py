@@ -5,6 +5,10 @@ function here is one Triton kernel forward and one backward; elsewhere, in float
 such chains by itself, it is its equation in PyTorch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +24,8 @@ except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
 
 # A row of `silu_norm` is held in registers as a whole.
 WIDEST_ROW = 8192
+
+_separately = ContextVar("separately", default=False)
 
 
 def silu_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,5 +75,17 @@ def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return kernels.silu_norm(x, weight, eps)
 
 
+@contextmanager
+def separate() -> Iterator[None]:
+    """Within it, each function here is its equation in PyTorch everywhere: what the kernels are measured against."""
+    before = _separately.set(True)
+    try:
+        yield
+    finally:
+        _separately.reset(before)
+
+
 def _fused(*tensors: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and all(runs_on(x) for x in tensors)
+    if torch.compiler.is_compiling() or _separately.get():
+        return False
+    return all(runs_on(x) for x in tensors)

@@ -2,6 +2,7 @@
 
 from flash_gsa.benchmarking import measurements, op
 from flash_gsa.benchmarking.decoding import measure_decoding
+from flash_gsa.benchmarking.layer import SURROUNDINGS, measure_layer
 from flash_gsa.benchmarking.worker import Failed
 
 ABOUT = {
@@ -21,7 +22,7 @@ HERE = {
     "backends": ["triton", "chunk"],
     "decoders": ["auto", "triton", "chunk", "reference", "fla"],
 }
-SLOWNESS = {"auto": 1.0, "chunk": 30.0, "fla": 5.0, "sdpa-cudnn": 2.0, "sdpa-flash": 0.5, "copy": 0.9}
+SLOWNESS = {"auto": 1.0, "chunk": 30.0, "fla": 5.0, "sdpa-cudnn": 2.0, "sdpa-flash": 0.5, "copy": 0.9, "separate": 1.5}
 
 
 def cost(seconds, memory=None):
@@ -31,11 +32,11 @@ def cost(seconds, memory=None):
 class MadeUpWorker:
     """Answers at once: FLA is `wrong` at the 340M shape, the flash kernel fails at the 7B shape.
 
-    `asked` collects (function, implementation, shape), `limits` what time was left.
+    `asked` collects (function, implementation, shape), `operations` those of layers, `limits` what time was left.
     """
 
     def __init__(self):
-        self.asked, self.limits = [], []
+        self.asked, self.operations, self.limits = [], [], []
 
     def __enter__(self):
         return self
@@ -64,8 +65,13 @@ class MadeUpWorker:
             return {"problem": "wrong: dg is off by 2.0e-01 of its norm (allowed: 3.3e-02)"}
         if (name, shape.name) == ("sdpa-flash", "7B"):
             raise Failed("out of memory")
-        time = 1e-8 * shape.tokens * SLOWNESS[name]
-        least = {} if name.startswith("sdpa") else {"least_bytes": 1000 * shape.tokens}
+        operation = arguments[3] if function is measure_layer else None
+        time = 1e-8 * shape.tokens * (0.25 if operation == "projections" else SLOWNESS[name])
+        without_least = name.startswith("sdpa") or operation in ("layer", "projections")
+        least = {} if without_least else {"least_bytes": 1000 * shape.tokens}
+        if operation:
+            self.operations.append((operation, name, shape.label))
+        memory = None if operation in SURROUNDINGS else 2**20
         return {
             "backend": backend,
             "dtype": "bfloat16",
@@ -73,8 +79,9 @@ class MadeUpWorker:
             "problem": None,
             "errors": errors,
             "full_size_errors": {"o": (0.004, 0.03)} if least else {},
-            "forward": cost(time, 2**20) | least,
-            "forward_backward": cost(3 * time, 2**22) | {name: 3 * value for name, value in least.items()},
+            "forward": cost(time, memory) | least,
+            "forward_backward": cost(3 * time, memory and 4 * memory)
+            | {name: 3 * value for name, value in least.items()},
         }
 
 

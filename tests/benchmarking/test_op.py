@@ -24,7 +24,7 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     result = benchmark(Options(), say=lines.append, worker=worker)
     assert result["suite"] == "gpu"
     asked = [name for _, name, _ in worker.asked]
-    assert set(asked) == {"auto", "triton", "chunk", "sdpa-cudnn", "sdpa-flash", "fla", "copy"}
+    assert set(asked) == {"auto", "triton", "chunk", "sdpa-cudnn", "sdpa-flash", "fla", "copy", "separate"}
     first = asked.index("fla")
     assert set(asked[first:]) == {"fla"}
     # Of FLA, all at one family of shapes before it tunes itself for the next.
@@ -32,10 +32,32 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert families == sorted(families, key=["1.3B", "7B", "340M"].index)
     assert len(lines) == len(worker.asked) + 2
     assert lines[0].startswith(f"[1/{len(lines)}] ceilings: 1e+03 GB/s")
-    for part, expected in (("shapes", 5 * 6), ("decoding", 4 * 3), ("lengths", 18 * 3), ("cold_start", 1)):
+    for part, expected in (
+        ("shapes", 5 * 6),
+        ("layer", 3 * 4 + 2 * 6),
+        ("decoding", 4 * 3),
+        ("lengths", 18 * 3),
+        ("cold_start", 1),
+    ):
         assert len(result[part]) == expected, part
     sweep = {(r["shape"]["B"], r["shape"]["T"]) for r in result["lengths"]}
     assert sweep == {(s.B, s.T) for s in SUITES["gpu"].sweep_shapes()}
+
+
+def test_layers_of_chosen_shapes_by_chosen_peers():
+    around = [(o, n, "1.3B-8x2048") for o in ("silu", "gates", "norm") for n in ("auto", "separate")]
+    for peers, ways in (((), ("auto", "separate", "fla")), (("auto",), ("auto", "separate")), (("fla",), ("fla",))):
+        worker = MadeUpWorker()
+        result = benchmark(Options(only=("layer",), shapes=("1.3B",), peers=peers), say=print, worker=worker)
+        whole = [
+            entry
+            for label in ("1.3B-8x2048", "1.3B-1x16384")
+            for entry in (("projections", "auto", label), *(("layer", name, label) for name in ways))
+        ]
+        # As many tokens in one sequence as in eight: what surrounds the operator is measured once.
+        assert sorted(worker.operations) == sorted(whole + (around if "auto" in ways else []))
+        kept = [(r["operation"], r["implementation"], r["shape"]["label"]) for r in result["layer"]]
+        assert kept == worker.operations
 
 
 def test_times_stand_beside_the_least_the_bytes_need():

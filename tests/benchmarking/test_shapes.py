@@ -27,6 +27,8 @@ def test_suites_hold_together(name):
     for shape in (*suite.shapes, suite.sweep, suite.decode, suite.cold_start):
         assert shape.HQ % shape.H == 0
         assert not shape.lengths or (shape.B, sum(shape.lengths)) == (1, shape.T)
+    assert set(suite.layers) <= set(suite.shapes)
+    assert all(shape.K == shape.V and not shape.lengths for shape in suite.layers)
     sweep = [(shape.B, shape.T) for shape in suite.sweep_shapes()]
     assert len(set(sweep)) == len(sweep)
     assert {T for B, T in sweep if B == 1} == set(suite.lengths)

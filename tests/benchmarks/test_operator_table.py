@@ -35,6 +35,29 @@ def test_times_memory_and_ratios(monkeypatch):
     assert text.splitlines()[-1].startswith("`flash-gsa bench op` · made-up GPU")
 
 
+def test_layers_beside_their_projections_and_what_surrounds_the_operator(monkeypatch):
+    text = operator(made_up_result(monkeypatch, only=("ceilings", "layer")))
+    heading, forward, backward, *rest = rows(text)
+    assert heading == [
+        *("ms", "", "projections", "flash-gsa", "flash-gsa, separate", "FLA"),
+        *("MiB, flash-gsa", "MiB, flash-gsa, separate", "MiB, FLA"),
+    ]
+    assert forward == ["1.3B-8x2048, the layer", "forward", "0.0410", "0.164", "0.246", "0.819", "1", "1", "1"]
+    assert backward == ["", "+ backward", "0.123", "0.492", "0.737", "2.46", "4", "4", "4"]
+    assert rest[2][0] == "340M-8x2048, the layer"
+    assert rest[2][5] == "wrong"
+    assert "FLA at 340M-8x2048, the layer: wrong: dg is off" in text
+    # 1000 bytes a token in 10 ns, where a copy moves 1 TB/s.
+    heading, forward, backward, *_ = rest[4:]
+    assert heading == ["ms", "", "flash-gsa", "GB/s (of a copy)", "flash-gsa, separate", "GB/s (of a copy)"]
+    assert forward == ["1.3B-8x2048, SiLU of q, k, v", "forward", "0.164", "100 (10%)", "0.246", "66.7 (7%)"]
+    assert backward[1:3] == ["+ backward", "0.492"]
+    text = operator(made_up_result(monkeypatch, only=("layer",)))
+    assert "| 100 |" in text
+    text = operator(made_up_result(monkeypatch, only=("layer",), peers=("fla",)))
+    assert rows(text)[0] == ["ms", "", "projections", "FLA", "MiB, FLA"]
+
+
 def test_parts_that_were_not_measured_are_left_out(monkeypatch):
     text = operator(made_up_result(monkeypatch, only=("decoding",)))
     assert [row[0] for row in rows(text)][1:] == ["1", "8", "64", "256"]

@@ -25,7 +25,7 @@ CAPABILITIES = [(7, 5), (8, 0), (8, 6), HOPPER, (10, 0), (12, 0)]
 PRECISIONS = [BF16, FP16, FP32]
 KIB = 1024
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SOME = Tiles(64, *[Tile(32, 4, 1)] * 6)
+SOME = Tiles(64, 64, *[Tile(32, 4, 1)] * 5)
 
 
 def name_of(row: Row) -> str:

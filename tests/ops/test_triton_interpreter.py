@@ -43,20 +43,20 @@ def levels_of(x: Tensors, case: Case) -> tuple[set[int], int]:
     return set(out[-2].unique().tolist()), of_chunks
 
 
-def chunks_of(C: int, monkeypatch) -> None:
-    """Let kernels take chunks of C tokens."""
+def chunks_of(C: int, BT: int, monkeypatch) -> None:
+    """Let kernels take chunks of C tokens in blocks of BT."""
     choose = plans.choose
-    monkeypatch.setattr(plans, "choose", lambda *problem: replace(choose(*problem), C=C))
+    monkeypatch.setattr(plans, "choose", lambda *problem: replace(choose(*problem), C=C, BT=BT))
 
 
-def forgetting(place: str, g: torch.Tensor, C: int) -> torch.Tensor:
-    """Gentle gates g [B, T, H, M], but at one place of every chunk of C tokens some slots forget everything."""
-    g, token = g.clone(), torch.arange(g.shape[1]) % C
+def forgetting(place: str, g: torch.Tensor, BT: int) -> torch.Tensor:
+    """Gentle gates g [B, T, H, M], but at one place of every block of BT tokens some slots forget everything."""
+    g, token = g.clone(), torch.arange(g.shape[1]) % BT
     if place == "first token":
         g[:, token == 0, :, ::2] = -70.0
-    elif place == "start of a block of 32":
+    elif place == "start of a group of 32":
         g[:, token == 32, :, ::2] = -1e3
-    elif place == "start of a block of 8":
+    elif place == "start of a group of 8":
         g[:, token == 16, :, 0] = g[:, token == 24, :, 1] = -65.0
     elif place == "neighbours":
         g[:, (token > 9) & (token < 14), :, 1] = -80.0
@@ -96,6 +96,20 @@ else:
         x = make(case)
         check(run("triton", x, case), x, case)
 
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=101, B=1, HQ=4, H=2, K=20, V=33, M=9, scale=0.7),
+            Case(T=64, B=1, HQ=1, H=1, K=16, V=16, M=16, strength=True),
+            Case(lengths=(0, 64, 33, 0, 31, 96), HQ=1, H=1, K=6, V=5, M=3),
+        ],
+        ids=str,
+    )
+    def test_chunks_of_two_blocks(monkeypatch, case):
+        chunks_of(64, 32, monkeypatch)
+        x = make(case)
+        check(run("triton", x, case), x, case)
+
     def test_how_long_sequences_are_cut(monkeypatch):
         """Segments are no longer than it takes to have FILLING programs, and no shorter than 8 chunks."""
         case = Case(T=10_000, B=1, HQ=2, H=2, K=8, V=8, M=4, state=False)
@@ -127,21 +141,24 @@ else:
         check(run("triton", x, case), x, case, units=STRONG)
 
     @pytest.mark.parametrize(
-        ("C", "place", "levels"),
+        ("C", "BT", "place", "levels"),
         [
-            (32, "nowhere", {0}),
-            (32, "first token", {0, 1}),
-            (64, "start of a block of 32", {0, 1}),
-            (32, "start of a block of 8", {0, 2}),
-            (32, "neighbours", {0, 2, 3}),
-            (64, "neighbours", {0, 1, 2, 3}),
+            (32, 32, "nowhere", {0}),
+            (32, 32, "first token", {0, 1}),
+            (64, 32, "first token", {0, 1}),
+            (64, 64, "start of a group of 32", {0, 1}),
+            (32, 32, "start of a group of 8", {0, 2}),
+            (64, 32, "start of a group of 8", {0, 2}),
+            (32, 32, "neighbours", {0, 2, 3}),
+            (64, 32, "neighbours", {0, 2, 3}),
+            (64, 64, "neighbours", {0, 1, 2, 3}),
         ],
     )
-    def test_every_level_of_references(monkeypatch, C, place, levels):
-        chunks_of(C, monkeypatch)
+    def test_every_level_of_references(monkeypatch, C, BT, place, levels):
+        chunks_of(C, BT, monkeypatch)
         case = Case(T=C + 6, B=1, HQ=1, H=1, K=5, V=4, M=3)
         x = make(case)
-        x["g"] = forgetting(place, x["g"], C)
+        x["g"] = forgetting(place, x["g"], BT)
         found, of_chunks = levels_of(x, case)
         assert found == levels
         assert of_chunks == sum(1 << (level - 1) for level in levels if level)
@@ -258,12 +275,14 @@ else:
         x = linear.make(case)
         linear.check(linear.run("triton", x, case), x, case)
 
-    @pytest.mark.parametrize(("C", "place"), [(32, "neighbours"), (64, "start of a block of 32")])
-    def test_gated_linear_attention_with_strong_gates(monkeypatch, C, place):
-        chunks_of(C, monkeypatch)
+    @pytest.mark.parametrize(
+        ("C", "BT", "place"), [(32, 32, "neighbours"), (64, 32, "neighbours"), (64, 64, "start of a group of 32")]
+    )
+    def test_gated_linear_attention_with_strong_gates(monkeypatch, C, BT, place):
+        chunks_of(C, BT, monkeypatch)
         case = Case(T=C + 6, B=1, HQ=2, H=1, K=3, V=4)
         x = linear.make(case)
-        x["g"] = forgetting(place, x["g"], C)
+        x["g"] = forgetting(place, x["g"], BT)
         linear.check(linear.run("triton", x, case), x, case, units=STRONG)
 
     def test_gated_linear_attention_with_one_gate_a_head():

@@ -1,7 +1,7 @@
-"""The step kernel: in Triton's interpreter with one program a group, and on a GPU with any number of them.
+"""The step kernels in Triton's interpreter and on a GPU: `step_slots` for states that lie by slots (order "MK"), and `step`.
 
-The interpreter runs programs one after the other, so there none may wait for another: where groups are split, `wait` is
-left out and the launch done twice, so that the second finds every part of the first. The interpreter is chosen
+The interpreter runs programs one after the other, so there none may wait for another: where `step` splits groups, `wait`
+is left out and the launch done twice, so that the second finds every part of the first. The interpreter is chosen
 when triton is imported: collected without TRITON_INTERPRET=1, this file is one test that starts it, and the GPU's.
 """
 
@@ -22,7 +22,14 @@ triton = pytest.importorskip("triton", reason="triton is not installed (make ins
 import triton.language as tl  # noqa: E402
 
 from flash_gsa.ops.triton import arrivals, step  # noqa: E402
-from flash_gsa.ops.triton.step import Split, choose, launch, triton_step  # noqa: E402
+from flash_gsa.ops.triton.step import (  # noqa: E402
+    Split,
+    choose,
+    choose_by_slots,
+    launch,
+    lies_by_slots,
+    triton_step,
+)
 
 EPS = torch.finfo(torch.float32).eps
 ORDERS = ["KM", "MK"]
@@ -89,6 +96,24 @@ def test_programs_are_all_on_the_chip_at_once():
     assert choose(256, 512, 512, 64, 1, processors=132).programs == 1
 
 
+def test_programs_of_a_pass_over_slots():
+    for processors in (1, 132, 148):
+        for groups in (1, 4, 32, 132, 264, 4096):
+            for K, V, M, R in ((512, 512, 64, 1), (128, 128, 64, 4), (5, 3, 1, 1), (512, 64, 256, 8)):
+                P = choose_by_slots(groups, K, V, M, R, processors).programs
+                assert P <= M
+                assert arrivals.PER_MEETING % P == 0
+    assert choose_by_slots(1, 512, 512, 64, 1, processors=0).programs == 1
+    assert choose_by_slots(4096, 512, 512, 64, 1, processors=132).programs == 1
+
+
+def test_which_states_lie_by_slots():
+    for order in ORDERS:
+        assert lies_by_slots(make(order=order)[1]) == (order == "MK")
+    hk, hv = make(order="MK")[1]
+    assert not lies_by_slots((hk, hv.transpose(2, 3).contiguous().transpose(2, 3)))
+
+
 def test_counters_are_handed_out_once():
     store = arrivals.Store(torch.zeros(arrivals.A_STREAM + 24, dtype=torch.int32))
     of_one, again, few, more = store.of_stream(1), store.of_stream(1), store.take(3), store.take(9)
@@ -146,15 +171,23 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         check(*make(order=order, dtype=dtype, device=cuda, **sizes))
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("programs", [1, 2, 4, 16, 32])
-    def test_any_number_of_programs(cuda, programs):
-        check(*make(**MODEL_1B, device=cuda), split=split_in(programs))
-        check(*make(HQ=2, K=100, V=36, M=33, B=3, device=cuda), split=split_in(programs))
+    def test_any_number_of_programs(cuda, programs, order):
+        check(*make(**MODEL_1B, order=order, device=cuda), split=split_in(programs))
+        check(*make(HQ=2, K=100, V=36, M=33, B=3, order=order, device=cuda), split=split_in(programs))
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("sizes", [MODEL_1B | {"B": 90}, MODEL_7B | {"B": 60}], ids=["1.3B", "7B"])
+    def test_more_programs_than_the_chip_holds(cuda, sizes):
+        """Where nobody waits, heads can be split however many there are."""
+        check(*make(**sizes, order="MK", device=cuda), split=split_in(16))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("tau", [0.02, 1e5])
-    def test_strong_and_weak_gates_on_a_gpu(cuda, tau):
-        token, state = make(tau=tau, M=16, K=64, V=64, device=cuda)
+    def test_strong_and_weak_gates_on_a_gpu(cuda, tau, order):
+        token, state = make(tau=tau, M=16, K=64, V=64, order=order, device=cuda)
         token[3][:, :, 3] = -torch.inf
         check(token, state)
 
@@ -166,9 +199,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             check(token, tuple(x.bfloat16() for x in state))
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("B", [1, 8, 200])
-    def test_every_run_gives_the_same_bits(cuda, B):
-        token, state = make(**MODEL_1B, B=B, device=cuda)
+    def test_every_run_gives_the_same_bits(cuda, B, order):
+        token, state = make(**MODEL_1B, B=B, order=order, device=cuda)
         o, new = triton_step(*token, state, 0.7)
         for _ in range(50):
             again, same = triton_step(*token, state, 0.7)
@@ -188,10 +222,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         return graph, o
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("B", [1, 8, 200])
     @pytest.mark.parametrize("first", [False, True], ids=["warm", "first launch of all"])
-    def test_replays_of_a_graph_are_steps(cuda, monkeypatch, B, first):
-        token, state = make(**MODEL_1B, B=B, device=cuda)
+    def test_replays_of_a_graph_are_steps(cuda, monkeypatch, B, first, order):
+        token, state = make(**MODEL_1B, B=B, order=order, device=cuda)
         eager = tuple(x.clone() for x in state)
         for _ in range(15):
             want, _ = triton_step(*token, eager, 0.7, in_place=True)
@@ -204,10 +239,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert all(torch.equal(a, b) for a, b in zip(state, eager, strict=True))
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("captured", [False, True])
-    def test_streams_beside_each_other(cuda, captured):
-        """Launches that wait, on two streams at once, beside others that fill the chip."""
-        token, state = make(**MODEL_1B, B=8, device=cuda)
+    def test_streams_beside_each_other(cuda, captured, order):
+        """Launches that meet, on three streams at once, beside others that fill the chip."""
+        token, state = make(**MODEL_1B, B=8, order=order, device=cuda)
         want = tuple(x.clone() for x in state)
         for _ in range(200):
             triton_step(*token, want, 0.7, in_place=True)
@@ -231,11 +267,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             assert all(torch.equal(a, b) for a, b in zip(mine, want, strict=True))
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("counters", [0, 2**31 - 64, -64], ids=["none left", "wrapping", "wrapping to 0"])
-    def test_counters_on_a_gpu(cuda, monkeypatch, counters):
+    def test_counters_on_a_gpu(cuda, monkeypatch, counters, order):
         size = arrivals.STORE if counters else 0
         store = arrivals.Store(torch.full((size,), counters, dtype=torch.int32, device=cuda))
-        token, state = make(**MODEL_1B, device=cuda)
+        token, state = make(**MODEL_1B, order=order, device=cuda)
         o, new = triton_step(*token, state, 0.7)
         monkeypatch.setattr(arrivals, "_stores", {cuda: store})
         for _ in range(3):
@@ -262,12 +299,14 @@ else:
     def test_one_program_a_group(sizes, order):
         check(*make(order=order, **sizes))
 
+    @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("tau", [0.02, 1e5])
-    def test_strong_and_weak_gates(tau):
-        check(*make(tau=tau, M=16))
+    def test_strong_and_weak_gates(tau, order):
+        check(*make(tau=tau, M=16, order=order))
 
-    def test_slots_that_forget_everything():
-        token, state = make()
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_slots_that_forget_everything(order):
+        token, state = make(order=order)
         token[3][:, :, ::2] = -torch.inf
         token[3][1] = -1e30
         check(token, state)
@@ -278,8 +317,9 @@ else:
         assert o.shape == (0, 2, 33)
         assert [x.shape for x in new] == [x.shape for x in state]
 
-    def test_large_logits():
-        token, state = make()
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_large_logits(order):
+        token, state = make(order=order)
         check(token, (state[0] * 1e4, state[1]))
 
     def test_in_place_and_new_states_are_the_same_bits():
@@ -336,6 +376,31 @@ else:
             o, state = gated_slot_attention_step(*token, state=state, backend="triton", in_place=True)
             torch.testing.assert_close(o, whole[:, t], rtol=0, atol=1e-5)
         torch.testing.assert_close(state, final, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("start", [0, 2**31 - 64, -64])
+    @pytest.mark.parametrize(
+        ("programs", "sizes"),
+        [
+            (2, {}),
+            (8, {"HQ": 4, "H": 2, "K": 64, "V": 40, "M": 33, "strength": True}),
+            (16, {"K": 100, "V": 17, "M": 4}),
+            (4, {"HQ": 8, "K": 16, "V": 70, "M": 64}),
+        ],
+        ids=str,
+    )
+    def test_the_last_of_a_group_adds_up(monkeypatch, programs, sizes, start):
+        """Also where programs are left without a slot."""
+        counters = torch.full((4,), start, dtype=torch.int32)
+
+        def place(groups, numbers, device):
+            return torch.full((numbers,), torch.nan), counters[:groups]
+
+        monkeypatch.setattr(step, "meeting_place", place)
+        token, state = make(**sizes, order="MK")
+        for tile in (64, 256):
+            check(token, state, split=Split(programs, tile, warps=4, stages=2))
+        groups = token[1].shape[0] * token[1].shape[1]
+        assert ((counters[:groups].long() - start) % 2**32 == 2 * arrivals.PER_MEETING).all()
 
     @pytest.mark.parametrize(
         ("programs", "sizes"),

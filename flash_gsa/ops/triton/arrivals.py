@@ -51,6 +51,16 @@ def wait(counter, goal):
     tl.debug_barrier()
 
 
+@triton.jit
+def is_last(counter, P: tl.constexpr, PER_MEETING: tl.constexpr):
+    """Say the same, and wait for nobody: whether the others had said so before. Then what all stored can be loaded."""
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, PER_MEETING // P, sem="acq_rel", scope="gpu")
+    # One thread knows it: the loads of the others must lie after that.
+    tl.debug_barrier()
+    return (before & (PER_MEETING - 1)) == PER_MEETING - PER_MEETING // P
+
+
 def meeting_place(groups: int, numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For one launch on the current stream of `device`, the current device: room for what its programs tell each
     other, `numbers` of float32 with anything in them, and a counter a group."""

@@ -1,19 +1,23 @@
-"""What kernels do with one chunk: find its tokens, load tiles, multiply through the gates.
+"""What kernels do with one block of a chunk: find its tokens, load tiles, multiply through the gates.
 
-With G_t = Σ_{i≤t} g_i from the chunk's start, a query at t reads what token j ≤ t wrote with the weight
-s_j e^{G_t - G_j} in every slot. As a product of matrices this needs the two factors e^{G_t - r} and s_j e^{r - G_j}
-for some reference r, and no factor may overflow. Weak gates take r = 0, the chunk's start (level 0). A slot that
-forgets more than e^-RANGE since then takes the gates' sum at a token near t: the first of its block of 32 (level 1);
-where that block forgets too much, the first of its block of 8 (level 2), or the token itself (level 3), with which
-both factors are at most 1 whatever the gates are. `gates.prepare` assigns the level of every token and slot, from
-tokens up to it only: what comes later changes no bit of the result. A chunk pays for the levels that occur in it.
+Time is cut into chunks of C tokens, before each of which the states are in memory, and chunks into one or two blocks
+of BT tokens, one program's rows. G_t = Σ_{i≤t} g_i runs from the block's start. A query at t reads what token j ≤ t
+of its block wrote with the weight s_j e^{G_t - G_j} in every slot, what one of the block before wrote with
+e^{G_t} · s_j e^{G_B - G_j} where G_B is the sum over that block, and the chunk's state with e^{G_t} · e^{G_B}.
+
+As a product of matrices the first of them needs two factors, e^{G_t - r} and s_j e^{r - G_j} for some reference r, and
+no factor may overflow. Weak gates take r = 0, the block's start (level 0). A slot that forgets more than e^-RANGE
+since then takes the gates' sum at a token near t: the first of its group of 32 (level 1); where that group forgets too
+much, the first of its group of 8 (level 2), or the token itself (level 3), with which both factors are at most 1
+whatever the gates are. `gates.prepare` assigns the level of every token and slot, from tokens up to it only: what
+comes later changes no bit of the result. A block pays for the levels that occur in it.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK_32 = tl.constexpr(32)
-BLOCK_8 = tl.constexpr(8)
+GROUP_32 = tl.constexpr(32)
+GROUP_8 = tl.constexpr(8)
 
 
 @triton.jit
@@ -80,83 +84,95 @@ def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl
 
 
 @triton.jit
-def products(
-    x, y, state, left, factor,
-    C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """factor · x yᵀ [C, C], 0 above the diagonal, in the products' format, and factor · x stateᵀ [C, BM] in float32;
-    for x, y [C, D] and state [M, D]."""
-    scores = tl.zeros([C, C], tl.float32)
-    old = tl.zeros([C, BM], tl.float32)
-    for d in range(0, D, BD):
-        xd = load_rows(x, left, d, C, X_STRIDE, D, BD)
-        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
-        hd = load_rows(state, M, d, BM, D, D, BD)
-        scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
-        old = tl.dot(xd.to(DOT), tl.trans(hd.to(DOT)), old, input_precision=PRECISION)
-    oc = tl.arange(0, C)
-    return tl.where(oc[:, None] >= oc[None, :], scores * factor, 0.0).to(DOT), old * factor
+def load_sum(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """G [BM] in float32 at the token that ends a block; 0 unless the block exists."""
+    om = tl.arange(0, BM)
+    return tl.load(until + token * (H * M) + om, mask=om < tl.where(exists, M, 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def causal_products(
-    x, y, left, factor,
-    C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+def products(
+    x, y, state, kept, passed, left, before, factor,
+    BT: tl.constexpr, C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first result of `products` alone."""
-    scores = tl.zeros([C, C], tl.float32)
+    """Of x, y [BT, D] and state [M, D], where y₋ and kept₋ are of the block before, which has `before` tokens, 0 or BT:
+
+    factor · x yᵀ, 0 above the diagonal, and factor · x y₋ᵀ, both [BT, BT] in the products' format; and what x sees of
+    all that was there before the block, factor · (passed ∘ x stateᵀ + x y₋ᵀ kept₋) [BT, BM] in float32."""
+    scores = tl.zeros([BT, BT], tl.float32)
+    far = tl.zeros([BT, BT], tl.float32)
+    old = tl.zeros([BT, BM], tl.float32)
     for d in range(0, D, BD):
-        xd = load_rows(x, left, d, C, X_STRIDE, D, BD)
-        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
+        xd = load_rows(x, left, d, BT, X_STRIDE, D, BD)
+        yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
+        hd = load_rows(state, M, d, BM, D, D, BD)
         scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
-    oc = tl.arange(0, C)
-    return tl.where(oc[:, None] >= oc[None, :], scores * factor, 0.0).to(DOT)
+        if C > BT:
+            zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
+            far = tl.dot(xd, tl.trans(zd), far, input_precision=PRECISION)
+        old = tl.dot(xd.to(DOT), tl.trans(hd.to(DOT)), old, input_precision=PRECISION)
+    ot = tl.arange(0, BT)
+    near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
+    old *= factor * passed[None, :]
+    before_it = near
+    if C > BT:
+        before_it = (far * factor).to(DOT)
+        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+        old = tl.dot(before_it, written, old, input_precision=PRECISION)
+    return near, before_it, old
 
 
 @triton.jit
 def write_products(
-    near, y, read, state, out, left, factor,
-    C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    near, y, read, state, out, kept, passed, left, before, factor,
+    BT: tl.constexpr, C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = factor · (near y + read state), for near [C, C], y [C, D], read [C, BM], state [M, D]."""
+    """out = factor · (near y + (read kept₋ᵀ) y₋ + (passed ∘ read) state), for near [BT, BT], y [BT, D],
+    read [BT, BM] in float32, state [M, D]; y₋ and kept₋ as in `products`."""
+    if C > BT:
+        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+        far = tl.dot(read.to(DOT), tl.trans(written), input_precision=PRECISION).to(DOT)
+    reading = (read * passed[None, :]).to(DOT)
     for d in range(0, D, BD):
-        yd = load_rows(y, left, d, C, Y_STRIDE, D, BD)
+        yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
-        x = tl.dot(read, hd.to(DOT), input_precision=PRECISION)
-        x = tl.dot(near, yd.to(DOT), x, input_precision=PRECISION)
-        store_rows(out, x * factor, left, d, C, O_STRIDE, D, BD)
+        total = tl.dot(reading, hd.to(DOT), input_precision=PRECISION)
+        total = tl.dot(near, yd.to(DOT), total, input_precision=PRECISION)
+        if C > BT:
+            zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
+            total = tl.dot(far, zd.to(DOT), total, input_precision=PRECISION)
+        store_rows(out, total * factor, left, d, BT, O_STRIDE, D, BD)
 
 
 @triton.jit
-def references(levels, C: tl.constexpr):
-    """How many references beside its start a chunk needs in which these levels occur."""
-    blocks = tl.where((levels & 1) > 0, C // BLOCK_32, 0) + tl.where((levels & 2) > 0, C // BLOCK_8, 0)
-    return blocks + tl.where((levels & 4) > 0, C, 0)
-
-
-@triton.jit
-def load_levels(levels, chunk, SLICES: tl.constexpr):
-    """Which levels above 0 occur in a chunk: see `gates.prepare`."""
-    found = tl.load(levels + chunk * SLICES + tl.arange(0, SLICES))
+def load_levels(levels, block, SLICES: tl.constexpr):
+    """Which levels above 0 occur in a block: see `gates.prepare`."""
+    found = tl.load(levels + block * SLICES + tl.arange(0, SLICES))
     return tl.max(found & 1, axis=0) + tl.max(found & 2, axis=0) + tl.max(found & 4, axis=0)
+
+
+@triton.jit
+def references(levels, BT: tl.constexpr):
+    """How many references beside its start a block needs in which these levels occur."""
+    groups = tl.where((levels & 1) > 0, BT // GROUP_32, 0) + tl.where((levels & 2) > 0, BT // GROUP_8, 0)
+    return groups + tl.where((levels & 4) > 0, BT, 0)
 
 
 @triton.jit
 def _factors(
     i, levels, until_pointer, until, level, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere."""
-    large = tl.where((levels & 1) > 0, C // BLOCK_32, 0)
-    small = tl.where((levels & 2) > 0, C // BLOCK_8, 0)
+    large = tl.where((levels & 1) > 0, BT // GROUP_32, 0)
+    small = tl.where((levels & 2) > 0, BT // GROUP_8, 0)
     is_large, is_small = i < large, i < large + small
-    token = tl.where(is_large, i * BLOCK_32, tl.where(is_small, (i - large) * BLOCK_8, i - large - small))
-    behind = token + tl.where(is_large, BLOCK_32, tl.where(is_small, BLOCK_8, 1))
+    token = tl.where(is_large, i * GROUP_32, tl.where(is_small, (i - large) * GROUP_8, i - large - small))
+    behind = token + tl.where(is_large, GROUP_32, tl.where(is_small, GROUP_8, 1))
     user = tl.where(is_large, 1, tl.where(is_small, 2, 3))
-    oc, om = tl.arange(0, C), tl.arange(0, BM)
+    oc, om = tl.arange(0, BT), tl.arange(0, BM)
     reference = tl.load(until_pointer + token * (H * M) + om, mask=om < tl.where(token < left, M, 0), other=0.0)
     uses = ((oc >= token) & (oc < behind))[:, None] & (level == user)
     grown = tl.where(uses, tl.exp(tl.minimum((until - reference[None, :]).to(tl.float32), 0.0)), 0.0)
@@ -167,33 +183,33 @@ def _factors(
 @triton.jit
 def near_logits(
     scores, old, g, s, until, shrunk, level, levels, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [C, BM] in float32; scores are 0 for j > t."""
-    sums = load_rows(until, left, 0, C, H * M, M, BM)
+    """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [BT, BM] in float32; scores are 0 for j > t."""
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
     grown = tl.exp(sums.to(tl.float32))
-    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
     total = grown * tl.dot(scores, weak, old, input_precision=PRECISION)
     if levels > 0:
-        need = load_rows(level, left, 0, C, H * M, M, BM)
-        write = load_write(g, s, left, C, H, M, BM, HAS_S)
+        need = load_rows(level, left, 0, BT, H * M, M, BM)
+        write = load_write(g, s, left, BT, H, M, BM, HAS_S)
         total = tl.where(need == 0, total, grown * old)
-        for i in tl.range(references(levels, C), num_stages=1):
-            grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
+        for i in tl.range(references(levels, BT), num_stages=1):
+            grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
             total += grown * tl.dot(scores, (write * inverse).to(DOT), input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def near_attention(
-    read, shrunk, left, C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    read, shrunk, left, BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t, [C (t), C (j)] in the products' format, of a chunk where all is
-    at level 0; read = weights ∘ e^G [C, BM]."""
-    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
-    oc = tl.arange(0, C)
+    """Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t, [BT (t), BT (j)] in the products' format, of a block where all is
+    at level 0; read = weights ∘ e^G [BT, BM]."""
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    oc = tl.arange(0, BT)
     total = tl.dot(read, tl.trans(weak), input_precision=PRECISION)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
 
@@ -201,80 +217,80 @@ def near_attention(
 @triton.jit
 def near_attention_any(
     read, weights, g, s, until, shrunk, level, levels, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`near_attention` of a chunk with any levels."""
-    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
-    sums = load_rows(until, left, 0, C, H * M, M, BM)
-    need = load_rows(level, left, 0, C, H * M, M, BM)
-    write = load_write(g, s, left, C, H, M, BM, HAS_S)
+    """`near_attention` of a block with any levels."""
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
+    need = load_rows(level, left, 0, BT, H * M, M, BM)
+    write = load_write(g, s, left, BT, H, M, BM, HAS_S)
     total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
-    for i in tl.range(references(levels, C), num_stages=1):
-        grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
+    for i in tl.range(references(levels, BT), num_stages=1):
+        grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
         far = (weights * grown).to(DOT)
         total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
-    oc = tl.arange(0, C)
+    oc = tl.arange(0, BT)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
 
 
 @triton.jit
 def near_attention_transposed(
     read, weights, g, s, until, shrunk, level, levels, left,
-    C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
+    BT: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
     RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`near_attention` as [C (j), C (t)]; here read too lies in memory."""
-    reading = load_rows(read, left, 0, C, H * R * M, M, BM).to(DOT)
-    weak = load_rows(shrunk, left, 0, C, H * M, M, BM).to(DOT)
+    """`near_attention` as [BT (j), BT (t)]; here read too lies in memory."""
+    reading = load_rows(read, left, 0, BT, H * R * M, M, BM).to(DOT)
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
     if levels > 0:
-        sums = load_rows(until, left, 0, C, H * M, M, BM)
-        need = load_rows(level, left, 0, C, H * M, M, BM)
-        weight = load_rows(weights, left, 0, C, H * R * M, M, BM).to(tl.float32)
-        write = load_write(g, s, left, C, H, M, BM, HAS_S)
+        sums = load_rows(until, left, 0, BT, H * M, M, BM)
+        need = load_rows(level, left, 0, BT, H * M, M, BM)
+        weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+        write = load_write(g, s, left, BT, H, M, BM, HAS_S)
         total = tl.dot(weak, tl.trans(tl.where(need == 0, reading, 0.0)), input_precision=PRECISION)
-        for i in tl.range(references(levels, C), num_stages=1):
-            grown, inverse = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
+        for i in tl.range(references(levels, BT), num_stages=1):
+            grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
             far = (weight * grown).to(DOT)
             total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
     else:
         total = tl.dot(weak, tl.trans(reading), input_precision=PRECISION)
-    oc = tl.arange(0, C)
+    oc = tl.arange(0, BT)
     return tl.where(oc[:, None] <= oc[None, :], total, 0.0).to(DOT)
 
 
 @triton.jit
 def near_writes(
-    scores, weights, until, level, levels, left,
-    C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+    scores, reading, weights, until, level, levels, left,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_{t≥j} scores_tj weights_tm e^{G_tm - G_jm} [C (j), BM]; scores [C (t), C (j)] are 0 for j > t."""
-    sums = load_rows(until, left, 0, C, H * M, M, BM)
-    read = weights * tl.exp(sums.to(tl.float32))
+    """Σ_{t≥j} scores_jt weights_tm e^{G_tm - G_jm} [BT (j), BM]; scores [BT (j), BT (t)] are 0 for t < j.
+
+    reading = weights ∘ e^G, both of these in the products' format; weights are used at levels above 0.
+    """
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
-    turned = tl.trans(scores)
     if levels > 0:
-        need = load_rows(level, left, 0, C, H * M, M, BM)
-        read = tl.where(need == 0, read, 0.0)
-        written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
-        for i in tl.range(references(levels, C), num_stages=1):
-            grown, far = _factors(i, levels, until, sums, need, left, C, H, M, BM, RANGE)
-            written += far * tl.dot(turned, (weights * grown).to(DOT), input_precision=PRECISION)
+        need = load_rows(level, left, 0, BT, H * M, M, BM)
+        written = inverse * tl.dot(scores, tl.where(need == 0, reading, 0.0), input_precision=PRECISION)
+        for i in tl.range(references(levels, BT), num_stages=1):
+            grown, far = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+            written += far * tl.dot(scores, (weights * grown).to(DOT), input_precision=PRECISION)
     else:
-        written = inverse * tl.dot(turned, read.to(DOT), input_precision=PRECISION)
+        written = inverse * tl.dot(scores, reading, input_precision=PRECISION)
     return written
 
 
 @triton.jit
-def sums_over_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """Σ_{i≤t} x_i of x [C, ·], or Σ_{i≥t} x_i if REVERSE, in float32.
+def sums_over_tokens(x, BT: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """Σ_{i≤t} x_i of x [BT, ·], or Σ_{i≥t} x_i if REVERSE, in float32.
 
     A scan goes through shared memory again and again; in bfloat16 a product with a triangle of ones is faster, with x
     in two parts, together 16 bits.
     """
     if DOT == tl.bfloat16:
-        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        row, column = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
         if REVERSE:
             ones = tl.where(column >= row, 1.0, 0.0).to(tl.bfloat16)
         else:

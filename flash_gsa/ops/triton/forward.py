@@ -1,8 +1,9 @@
 """Forward kernels: states before every chunk, then outputs of every chunk.
 
 `states_forward` walks the chunks of a segment and writes both states as they are before each of them; `outputs`
-then does pass 1, the softmax and pass 2 of one chunk and query head without leaving the chip. Formulas:
-docs/mechanism.md. Names of sizes: C tokens a chunk, BD one slice of K or V, M slots (padded to BM, a power of two).
+then does pass 1, the softmax and pass 2 of one block and query head without leaving the chip. Formulas:
+docs/mechanism.md. Names of sizes: C tokens a chunk, BT a block (see chunks.py), BD one slice of K or V, M slots (padded
+to BM, a power of two).
 """
 
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 from .chunks import (
     load_levels,
     load_rows,
+    load_sum,
     locate,
     near_attention,
     near_attention_any,
@@ -26,8 +28,8 @@ from .chunks import (
 def states_forward(
     k, v, kept, until, hk0, hv0, hk, hv, hkT, hvT, local_k, local_v, decay, cu_seqlens, segment_sequence,
     first_segment, first_chunk, T, sequences, segment_chunks,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
     LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
@@ -75,8 +77,9 @@ def states_forward(
                 state = state * tl.exp(gates)[:, None]
                 state += tl.load(local + before * one + at_state, mask=inside, other=0.0)
 
-    oc = tl.arange(0, C)
-    steps = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
+    BLOCKS: tl.constexpr = C // BT
+    ot = tl.arange(0, BT)
+    steps = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
     rows = x + (start * H + h) * size
     weights = kept + (start * H + h) * M
     sums = until + (start * H + h) * M
@@ -84,19 +87,21 @@ def states_forward(
     gates = tl.zeros([BM], tl.float32)
     for i in range(steps):
         if not LOCAL:
-            tl.store(states + i * H * one + at_state, state.to(out.dtype.element_ty), mask=inside)
-        left = end - start - i * C
-        total = tl.load(sums + (tl.minimum(left, C) - 1) * (H * M) + om, mask=om < M, other=0.0).to(tl.float32)
-        weight = load_rows(weights, left, 0, C, H * M, M, BM)
+            # Stored before the first block of each chunk; a mask, since a branch would end the pipelining of loads.
+            here = inside & (od[None, :] < tl.where(i % BLOCKS == 0, size, 0))
+            tl.store(states + i // BLOCKS * H * one + at_state, state.to(out.dtype.element_ty), mask=here)
+        left = end - start - i * BT
+        total = tl.load(sums + (tl.minimum(left, BT) - 1) * (H * M) + om, mask=om < M, other=0.0).to(tl.float32)
+        weight = load_rows(weights, left, 0, BT, H * M, M, BM)
         values = tl.load(
-            rows + oc[:, None] * (H * size) + od[None, :], mask=(oc < left)[:, None] & (od[None, :] < size), other=0.0
+            rows + ot[:, None] * (H * size) + od[None, :], mask=(ot < left)[:, None] & (od[None, :] < size), other=0.0
         )
         state = state * tl.exp(total)[:, None]
         state = tl.dot(tl.trans(weight.to(DOT)), values.to(DOT), state, input_precision=PRECISION)
         gates += total
-        rows += C * H * size
-        weights += C * H * M
-        sums += C * H * M
+        rows += BT * H * size
+        weights += BT * H * M
+        sums += BT * H * M
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -110,54 +115,48 @@ def states_forward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def outputs(
-    q, k, v, g, s, until, shrunk, level, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence, first_chunk, T,
-    sequences, scale,
+    q, k, v, g, s, until, shrunk, kept, level, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence,
+    first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    SLICES: tl.constexpr, KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o [·, HQ, V] and, for the backward, p = softmax(ℓ) [·, HQ, M] and log Σ e^ℓ [·, HQ] of one chunk and query head.
+    """o [·, HQ, V] and, for the backward, p = softmax(ℓ) [·, HQ, M] and log Σ e^ℓ [·, HQ] of one block and query head.
 
-    LINEAR: q [·, HQ, M] takes the place of p. Grid: (chunks·H·R,), the query heads of a group next to each other, so
-    that k, v and states come from L2.
+    LINEAR: q [·, HQ, M] takes the place of p. Grid: (chunks·C/BT·H·R,), the query heads of a group next to each other,
+    so that k, v and states come from L2.
     """
+    BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
-    hq = program % (H * R)
-    chunk = time_order(program // (H * R), T, sequences, C, PACKED, True)
+    hq, place = program % (H * R), program // (H * R) % BLOCKS
+    chunk = time_order(program // (H * R * BLOCKS), T, sequences, C, PACKED, True)
     h = hq // R
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    token, before = start + place * BT, place * BT
+    if token >= end:
+        return
     left = tl.minimum(end - token, C).to(tl.int32)
     row, row_q = token * H + h, token * (H * R) + hq
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = load_levels(levels, chunk * H + h, SLICES)
+    found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
+    passed = tl.exp(load_sum(until + gates, -1, place > 0, H, M, BM))
 
     if LINEAR:
-        p = load_rows(q + row_q * M, left, 0, C, H * R * M, M, BM).to(tl.float32)
+        p = load_rows(q + row_q * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         factor = scale
     else:
-        scores, old = products(
-            q + row_q * K,
-            k + row * K,
-            hk + state * K,
-            left,
-            scale,
-            C,
-            H * R * K,
-            H * K,
-            K,
-            BD,
-            M,
-            BM,
-            DOT,
-            PRECISION,
-        )
+        scores, _, old = products(
+            q + row_q * K, k + row * K, hk + state * K, kept + gates, passed, left, before, scale,
+            BT, C, H * R * K, H * K, K, BD, H, M, BM, DOT, PRECISION,
+        )  # fmt: skip
         z = near_logits(
-            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found,
-            left, C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
         z = tl.where((tl.arange(0, BM) < M)[None, :], z, float("-inf"))
         largest = tl.max(z, axis=1)
@@ -165,19 +164,19 @@ def outputs(
         total = tl.sum(p, axis=1)
         p = p / total[:, None]
         if KEEP:
-            oc = tl.arange(0, C)
-            tl.store(lse_out + row_q + oc * (H * R), largest + tl.log(total), mask=oc < left)
-            store_rows(p_out + row_q * M, p, left, 0, C, H * R * M, M, BM)
+            ot = tl.arange(0, BT)
+            tl.store(lse_out + row_q + ot * (H * R), largest + tl.log(total), mask=ot < left)
+            store_rows(p_out + row_q * M, p, left, 0, BT, H * R * M, M, BM)
         factor = 1.0
-    read = (p * tl.exp(load_rows(until + gates, left, 0, C, H * M, M, BM).to(tl.float32))).to(DOT)
+    read = p * tl.exp(load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
     if found > 0:
         near = near_attention_any(
-            read, p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
-            C, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+            read.to(DOT), p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
-        near = near_attention(read, shrunk + gates, left, C, H, M, BM, DOT, PRECISION)
+        near = near_attention(read.to(DOT), shrunk + gates, left, BT, H, M, BM, DOT, PRECISION)
     write_products(
-        near, v + row * V, read, hv + state * V, o + row_q * V, left, factor,
-        C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,
+        near, v + row * V, read, hv + state * V, o + row_q * V, kept + gates, passed, left, before, factor,
+        BT, C, H * V, H * R * V, V, BD, H, M, BM, DOT, PRECISION,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import BLOCK_8, locate, one_minus_exp
+from .chunks import GROUP_8, GROUP_32, load_rows, locate, one_minus_exp, store_rows
 
 # e^-104 is below the smallest float32: a stronger gate erases no more, and sums of gates keep their digits.
 FLOOR = tl.constexpr(-104.0)
@@ -12,72 +12,74 @@ FLOOR = tl.constexpr(-104.0)
 @triton.jit(do_not_specialize=["T", "sequences"])
 def prepare(
     g, s, until, shrunk, kept, level, levels, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, RANGE: tl.constexpr,
-    HAS_S: tl.constexpr, PACKED: tl.constexpr, SLICES: tl.constexpr,
+    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, PACKED: tl.constexpr, SLICES: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Of every token, head and slot [·, H, M], with G_t = Σ_{i≤t} g_i over its chunk up to t:
+    """Of every token, head and slot [·, H, M], with G_t = Σ_{i≤t} g_i over its block up to t and G_B over the block:
 
-        until = G_t,   shrunk = s_t e^{-G_t} (the exponent cut at RANGE),   kept = s_t e^{G_C - G_t},
-        level = 0 to 3, the reference its products take (see chunks.py);
-        levels [chunks, H, SLICES] = which occur in a slice of the slots, 2^(l-1) summed over those above 0.
+        until = G_t,   shrunk = s_t e^{-G_t} (the exponent cut at RANGE),   kept = s_t e^{G_B - G_t},
+        level = 0 to 3, the reference its products take (see chunks.py), where any is above 0 in the block;
+        levels [chunks, C / BT, H, SLICES] = which occur in a slice of the slots, 2^(l-1) summed over those above 0.
 
     Sums are in until's dtype: float64 for float32 inputs, so that differences of sums keep float32's digits.
-    Tokens are taken as [4, 8] within blocks of 32: sums stay within a thread or its neighbours.
-    Grid: (chunks·H·SLICES,), slices of 16 slots.
+    Grid: (levels.numel(),), slices of BS slots.
     """
+    BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
-    part, h, chunk = program % SLICES, program // SLICES % H, program // SLICES // H
+    part, h = program % SLICES, program // SLICES % H
+    place, chunk = program // (SLICES * H) % BLOCKS, program // (SLICES * H * BLOCKS)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, token, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
-    left = tl.minimum(end - token, C).to(tl.int32)
+    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    token = start + place * BT
+    if token >= end:
+        return
+    left = tl.minimum(end - token, BT).to(tl.int32)
     base = (token * H + h) * M
-    BLOCK: tl.constexpr = BLOCK_8 * 4
-    four, eight, om = tl.arange(0, 4), tl.arange(0, BLOCK_8), part * 16 + tl.arange(0, 16)
-    slot = om < M
+    g, s, until, shrunk, kept, level = g + base, s + base, until + base, shrunk + base, kept + base, level + base
+    d = part * BS
+    given = load_rows(g, left, d, BT, H * M, M, BS).to(tl.float32)
+    sums = _sums(tl.where(given < FLOOR, FLOOR, given).to(until.dtype.element_ty), BT, shrunk.dtype.element_ty)
+    ot = tl.arange(0, BT)
+    total = tl.sum(tl.where((ot == BT - 1)[:, None], sums, 0.0), axis=0)
+    if HAS_S:
+        write = load_rows(s, left, d, BT, H * M, M, BS).to(tl.float32)
+    else:
+        write = one_minus_exp(given)
+    store_rows(until, sums, left, d, BT, H * M, M, BS)
+    store_rows(shrunk, write * tl.exp(tl.minimum(-sums.to(tl.float32), RANGE)), left, d, BT, H * M, M, BS)
+    store_rows(kept, write * tl.exp((total[None, :] - sums).to(tl.float32)), left, d, BT, H * M, M, BS)
 
-    total = tl.zeros([16], until.dtype.element_ty)
-    seen = tl.zeros([4, BLOCK_8, 16], tl.int32)
-    for start in range(0, C, BLOCK):
-        row = start + four[:, None, None] * BLOCK_8 + eight[None, :, None]
-        at = base + row * (H * M) + om[None, None, :]
-        here = (row < left) & slot[None, None, :]
-        given = tl.load(g + at, mask=here, other=0.0).to(tl.float32)
-        if HAS_S:
-            write = tl.load(s + at, mask=here, other=0.0).to(tl.float32)
-        else:
-            write = one_minus_exp(given)
-        gate = tl.where(given < FLOOR, FLOOR, given).to(until.dtype.element_ty)
-        inside = tl.cumsum(gate, axis=1)
-        parts = tl.sum(gate, axis=1)
-        before = tl.cumsum(parts, axis=0) - parts
-        first = tl.sum(tl.where(eight[None, :, None] == 0, gate, 0.0), axis=1)
-        very_first = tl.sum(tl.where(four[:, None] == 0, first, 0.0), axis=0)
-        since_block = before[:, None, :] + inside - very_first[None, None, :]
-        since_eight = inside - first[:, None, :]
-        sums = total[None, None, :] + before[:, None, :] + inside
-        need = tl.where(-sums <= RANGE, 0, tl.where(-since_block <= RANGE, 1, tl.where(-since_eight <= RANGE, 2, 3)))
-        need = tl.where(here, need, 0)
-        seen = seen | tl.where(need > 0, 1 << tl.maximum(need - 1, 0), 0)
-        total += tl.sum(parts, axis=0)
-        tl.store(until + at, sums, mask=here)
-        tl.store(level + at, need.to(tl.int8), mask=here)
-        factor = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
-        tl.store(shrunk + at, (write * factor).to(shrunk.dtype.element_ty), mask=here)
-    seen = tl.reshape(seen, [64 * BLOCK_8])
-    found = tl.max(seen & 1, axis=0) + tl.max(seen & 2, axis=0) + tl.max(seen & 4, axis=0)
+    found = 0
+    if tl.min(tl.min(sums, axis=1), axis=0) < -RANGE:
+        tl.debug_barrier()  # sums are in memory
+        om = d + tl.arange(0, BS)
+        here = (ot < left)[:, None] & (om < M)[None, :]
+        since_large = sums - tl.load(until + (ot // GROUP_32 * GROUP_32)[:, None] * (H * M) + om[None, :], here, 0.0)
+        since_small = sums - tl.load(until + (ot // GROUP_8 * GROUP_8)[:, None] * (H * M) + om[None, :], here, 0.0)
+        beyond = tl.where(since_large >= -RANGE, 1, tl.where(since_small >= -RANGE, 2, 3))
+        need = tl.where(here & (sums < -RANGE), beyond, 0)
+        store_rows(level, need, left, d, BT, H * M, M, BS)
+        bits = tl.where(need > 0, 1 << tl.maximum(need - 1, 0), 0)
+        for bit in tl.static_range(3):
+            found += tl.max(tl.max(bits & (1 << bit), axis=1), axis=0)
     tl.store(levels + program, found)
 
-    tl.debug_barrier()
-    for start in range(0, C, BLOCK):
-        row = start + four[:, None, None] * BLOCK_8 + eight[None, :, None]
-        at = base + row * (H * M) + om[None, None, :]
-        here = (row < left) & slot[None, None, :]
-        sums = tl.load(until + at, mask=here, other=0.0)
-        if HAS_S:
-            write = tl.load(s + at, mask=here, other=0.0).to(tl.float32)
-        else:
-            write = one_minus_exp(tl.load(g + at, mask=here, other=0.0).to(tl.float32))
-        factor = tl.exp((total[None, None, :] - sums).to(tl.float32))
-        tl.store(kept + at, (write * factor).to(kept.dtype.element_ty), mask=here)
+
+@triton.jit
+def _sums(x, BT: tl.constexpr, FORMAT: tl.constexpr):
+    """Σ_{i≤t} x_i of x [BT, ·] in x's dtype.
+
+    In bfloat16, as in `sums_over_tokens`, by products with ones: of x in three parts, which together are all its bits.
+    """
+    if FORMAT == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        ones = tl.where(tl.arange(0, BT)[:, None] >= tl.arange(0, BT)[None, :], 1.0, 0.0).to(tl.bfloat16)
+        total = tl.dot(ones, high, tl.dot(ones, middle, tl.dot(ones, low)))
+    else:
+        total = tl.cumsum(x, axis=0)
+    return total

@@ -26,13 +26,13 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, want_final, keep)
     *gates, p, lse, hk, hv = shared
-    until, shrunk, kept, level, levels = gates
+    until, _, kept, _, _ = gates
     with torch.cuda.device_of(q):
         plan.prepare(g, strength, gates)
         _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
         plan.launch(
-            forward.outputs, plan.tiles.outputs, plan.HQ,
-            q, k, v, g, strength, until, shrunk, level, levels, hk, hv, results[0], p, lse,
+            forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
+            q, k, v, g, strength, *gates, hk, hv, results[0], p, lse,
             scale=scale, KEEP=keep, **plan.linear,
         )  # fmt: skip
     return results, shared
@@ -49,11 +49,12 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     """Gradients of q, k, v, g, s and the initial states. The states in `shared` may be None: computed again."""
     plan = Plan(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
-    until, shrunk, kept, level, levels, p, lse, hk, hv = shared
+    *gates, p, lse, hk, hv = shared
+    until, _, kept, _, _ = gates
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
-    dgate = torch.empty_like(g, dtype=torch.float32)
-    dwrite = None if s is None else torch.empty_like(dgate)
+    dg = torch.empty_like(g, dtype=torch.float32)
+    dwrite, ds = (dg, None) if s is None else (torch.empty_like(dg), torch.empty_like(s))
     initial = plan.boundary_states(q) if hk0 is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
@@ -64,27 +65,20 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.H,
-            q, v, g, strength, until, shrunk, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite,
-            scale=1.0, **plan.linear,
+            q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg, dwrite, scale=1.0, **plan.linear,
         )  # fmt: skip
-        plan.launch(
-            backward.queries_backward, plan.tiles.queries_backward, plan.H,
-            q, k, g, strength, until, shrunk, level, levels, hk, dl, read_dl, dq, dgate, dwrite, scale=scale,
-        )  # fmt: skip
-        # States of one's own make room for their gradients as the walk goes.
-        dhk, dhv = (hk, hv) if recompute else plan.states(q)
+        dhk, dhv = plan.states(q)
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
             HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, key_scale=scale, value_scale=1.0,
         )  # fmt: skip
         plan.launch(
-            backward.keys_backward, plan.tiles.keys_backward, plan.H,
-            q, k, v, g, strength, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed,
-            dhk, dhv, dk, dv, dwrite, dgate, key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
+            backward.inputs_backward, plan.tiles.inputs_backward, plan.H,
+            q, k, v, g, strength, *gates, do, p, dl, read_p, read_dl, dwrite, passed, hk, dhk, dhv, dq, dk, dv, ds, dg,
+            key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
         )  # fmt: skip
-    ds = None if dwrite is None else dwrite.to(s.dtype)
-    return dq, dk, dv, dgate.to(g.dtype), ds, *initial
+    return dq, dk, dv, dg.to(g.dtype), ds, *initial
 
 
 def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
@@ -99,13 +93,13 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
     plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
     (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
     *gates, h = shared
-    until, shrunk, kept, level, levels = gates
+    until, _, kept, _, _ = gates
     with torch.cuda.device_of(q):
         plan.prepare(g, k, gates)
         _states(plan, q, v, v, kept, until, h0, h0, h, h, (hT, hT))
         plan.launch(
-            forward.outputs, plan.tiles.outputs, plan.HQ,
-            q, v, v, g, k, until, shrunk, level, levels, h, h, o, None, None, scale=scale, KEEP=False, **plan.linear,
+            forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
+            q, v, v, g, k, *gates, h, h, o, None, None, scale=scale, KEEP=False, **plan.linear,
         )  # fmt: skip
     return (o, hT), shared
 
@@ -113,10 +107,10 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
 def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: float):
     """Gradients of q, k, v, g and the initial state."""
     plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
-    until, shrunk, kept, level, levels, h = shared
+    *gates, h = shared
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read = torch.empty_like(q, dtype=plan.state_dtype)
-    dgate, dwrite = (torch.empty_like(g, dtype=torch.float32) for _ in range(2))
+    dg, dwrite = (torch.empty_like(g, dtype=torch.float32) for _ in range(2))
     dh = torch.empty_like(h)
     dh0 = None if h0 is None else plan.boundary_states(q)[1]
     parts = plan.slices(plan.tiles.states_backward)
@@ -124,17 +118,16 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
     with torch.cuda.device_of(q):
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.H,
-            q, v, g, k, until, shrunk, level, levels, h, None, None, do, dq, None, read, None, dgate, dwrite,
-            scale=scale, **plan.linear,
+            q, v, g, k, *gates, h, None, None, do, dq, None, read, None, dg, dwrite, scale=scale, **plan.linear,
         )  # fmt: skip
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
-            (do, do, until, read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
+            (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
             HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R, key_scale=scale, value_scale=scale,
         )  # fmt: skip
         plan.launch(
-            backward.keys_backward, plan.tiles.keys_backward, plan.H,
-            do, v, v, g, k, until, shrunk, kept, level, levels, do, q, q, read, read, dwrite, passed,
-            dh, dh, dv, dv, dk, dgate, key_scale=scale, value_scale=scale, PARTS=parts, **plan.linear,
+            backward.inputs_backward, plan.tiles.inputs_backward, plan.H,
+            do, v, v, g, k, *gates, do, q, None, read, None, dwrite, passed, h, dh, dh, None, dv, dv, dk, dg,
+            key_scale=scale, value_scale=scale, PARTS=parts, **plan.linear,
         )  # fmt: skip
-    return dq, dk, dv, dgate.to(g.dtype), dh0
+    return dq, dk, dv, dg.to(g.dtype), dh0

@@ -73,7 +73,8 @@ class Plan:
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
-        self.sizes = {"H": self.H, "M": self.M, "C": C, "PACKED": cu_seqlens is not None}
+        self.blocks = C // self.tiles.BT
+        self.sizes = {"H": self.H, "M": self.M, "C": C, "BT": self.tiles.BT, "PACKED": cu_seqlens is not None}
         self.widths = {
             "K": self.K,
             "V": self.V,
@@ -82,7 +83,9 @@ class Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self.slot_slices = padded(self.M) // 16
+        # Slots that one program prepares.
+        self.slice = min(64, padded(self.M))
+        self.slot_slices = padded(self.M) // self.slice
         self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices}
         self.linear = {"LINEAR": linear}
 
@@ -139,12 +142,14 @@ class Plan:
             torch.empty_like(g, dtype=self.state_dtype),
             torch.empty_like(g, dtype=self.state_dtype),
             torch.empty_like(g, dtype=torch.int8),
-            g.new_empty(self.chunks.count, self.H, self.slot_slices, dtype=torch.int32),
+            g.new_empty(self.chunks.count, self.blocks, self.H, self.slot_slices, dtype=torch.int32),
         )
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
-        gates.prepare[(out[-1].numel(),)](g, s, *out, *self.tables[0], **self.sizes, **self.near, num_warps=1)
+        gates.prepare[(out[-1].numel(),)](
+            g, s, *out, *self.tables[0], **self.sizes, **self.near, BS=self.slice, num_warps=4
+        )
 
     def walk(self, kernel, tile, like: Tensor, arguments, **options) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""

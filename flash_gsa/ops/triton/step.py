@@ -22,6 +22,10 @@ from ..reference import reference_step
 from ..registry import State
 from .arrivals import PER_MEETING, arrive, meeting_place, wait
 from .chunks import one_minus_exp
+from .step_slots import step_slots
+
+MOST_AT_ONCE = 8
+"""Query heads a key/value head that `step_slots` reads for at once."""
 
 
 @triton.jit
@@ -193,6 +197,14 @@ def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Spli
     return Split(programs, tile, warps=4, stages=4 if programs == 1 else 3)
 
 
+def choose_by_slots(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Split:
+    """The same for `step_slots`, where no program waits: as many as there should be."""
+    programs = 1
+    while programs * groups < 2 * processors and 4 * programs <= M and programs < PER_MEETING // 2:
+        programs *= 2
+    return Split(programs, tile=2048, warps=4, stages=4)
+
+
 def triton_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, state: State, scale: float, in_place: bool = False
 ) -> tuple[Tensor, State]:
@@ -268,26 +280,47 @@ def launch(
     o = q.new_empty(B, HQ, V)
     if groups == 0:
         return o
-    split = split or choose(groups, K, V, M, R, _processors(q.device))
+    by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
+    split = split or (choose_by_slots if by_slots else choose)(groups, K, V, M, R, _processors(q.device))
     P = split.programs
-    BM, BR = triton.next_power_of_2(M), triton.next_power_of_2(R)
-    BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
-    BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
+    BM, BR, BK, BV = (triton.next_power_of_2(x) for x in (M, R, K, V))
+    if by_slots:
+        numbers = groups * P * R * (BV + 2)
+    else:
+        numbers = groups * P * BR * BM
     q, k, v, g = (_rows(x) for x in (q, k, v, g))
     s = None if s is None else _rows(s)
     parts = arrived = None
     with torch.cuda.device_of(q):
         if P > 1:
-            parts, arrived = meeting_place(groups, groups * P * BR * BM, q.device)
-        step[(groups * P,)](
+            parts, arrived = meeting_place(groups, numbers, q.device)
+        arguments = (
             q, k, v, g, s, *state, *new, o, parts, arrived,
             q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if s is None else s.stride(0),
-            *state[0].stride(), *state[1].stride(), scale, H,
-            K=K, V=V, M=M, R=R, P=P, PER_MEETING=PER_MEETING, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8),
-            K_TILES=K_TILES, V_TILES=V_TILES, AT_ONCE=max(1, min(P, 32 * split.warps // BM)), STAGES=split.stages,
-            HAS_S=s is not None, num_warps=split.warps,
         )  # fmt: skip
+        sizes = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING, "STAGES": split.stages}
+        if by_slots:
+            BM, TILES = _cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
+            step_slots[(groups * P,)](
+                *arguments, *state[0].stride()[:2], state[0].stride(3), *state[1].stride()[:3], scale, H,
+                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES,
+                AT_ONCE=max(1, min(P, 1024 * split.warps // BV)), HAS_S=s is not None, num_warps=split.warps,
+            )  # fmt: skip
+        else:
+            BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
+            BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
+            step[(groups * P,)](
+                *arguments, *state[0].stride(), *state[1].stride(), scale, H,
+                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES,
+                AT_ONCE=1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM)), HAS_S=s is not None, num_warps=split.warps,
+            )  # fmt: skip
     return o
+
+
+def lies_by_slots(state: State) -> bool:
+    """Whether the numbers of a slot lie side by side, in both states."""
+    hk, hv = state
+    return hk.stride(2) == 1 and hv.stride(3) == 1
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Tile sizes, by device and by what is computed: one readable table instead of a search at run time.
 
-`flash-gsa bench tune` measures its rows anew on a card. C: tokens a chunk, the granularity of stored states. BD: width
-of a slice of K or V.
+`flash-gsa bench tune` measures its rows anew on a card. C: tokens a chunk, the granularity of stored states. BT: tokens
+a block, the rows of a program; C is BT or twice that. BD: width of a slice of K or V.
 """
 
 import functools
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-KERNELS = ("states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward")
+KERNELS = ("states", "outputs", "values_backward", "states_backward", "inputs_backward")
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,23 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """C and the tile of each kernel."""
+    """C, BT and the tile of each kernel."""
 
     C: int
+    BT: int
     states: Tile
     outputs: Tile
     values_backward: Tile
-    queries_backward: Tile
     states_backward: Tile
-    keys_backward: Tile
+    inputs_backward: Tile
+
+    def __post_init__(self) -> None:
+        assert self.C in (self.BT, 2 * self.BT), "a chunk has one or two blocks"
 
     def cut(self, width: int) -> "Tiles":
         """The same with no BD above `width`."""
         tiles: dict[str, Tile] = {name: getattr(self, name) for name in KERNELS}
-        return Tiles(self.C, **{name: replace(tile, BD=min(tile.BD, width)) for name, tile in tiles.items()})
+        return Tiles(self.C, self.BT, **{name: replace(tile, BD=min(tile.BD, width)) for name, tile in tiles.items()})
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Row:
         return self.slots >= M and all(mine is None or mine == given for mine, given in pairs)
 
 
-def _tiles(C: int, *kernels: tuple[int, int, int]) -> Tiles:
-    return Tiles(C, *(Tile(*kernel) for kernel in kernels))
+def _tiles(C: int, BT: int, *kernels: tuple[int, int, int]) -> Tiles:
+    return Tiles(C, BT, *(Tile(*kernel) for kernel in kernels))
 
 
 HOPPER, ANY = (9, 0), None
@@ -75,52 +78,52 @@ SINGLE, GROUPED = False, True
 # KiB are those of shared memory that a program may have: 227 on Hopper, 163 on an A100, 99 on consumer cards.
 # fmt: off
 TABLE = (
-    # C, then (BD, warps, stages) of KERNELS in their order:
-    # states, outputs, values_backward, queries_backward, states_backward, keys_backward.
+    # C, BT, then (BD, warps, stages) of KERNELS in their order:
+    # states, outputs, values_backward, states_backward, inputs_backward.
     Row(HOPPER, BF16, 64, GROUPED,
-        _tiles(64, (128, 4, 3), (128, 4, 2), (128, 4, 2), (128, 4, 2), (128, 4, 3), (128, 4, 2)),
+        _tiles(64, 64, (128, 4, 3), (128, 4, 2), (128, 4, 2), (128, 4, 3), (128, 4, 2)),
         "C 64 against 128: outputs 373 and 494, values backward 614 and 813, keys backward 394 and 496"),
     Row(HOPPER, BF16, 64, SINGLE,
-        _tiles(128, (128, 4, 2), (64, 8, 3), (64, 8, 3), (64, 8, 3), (128, 4, 2), (64, 8, 3)),
+        _tiles(128, 64, (128, 4, 3), (64, 4, 2), (64, 4, 2), (128, 4, 3), (64, 4, 2)),
         "C 128 against 64: walks 81–115 and 106–142, backward 108–143 and 140–192; rest alike; half the states"),
     Row(HOPPER, BF16, 128, ANY,
-        _tiles(64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "[C, M] as large as with 64 slots and C 128; not measured against others"),
     Row(HOPPER, BF16, 256, SINGLE,
-        _tiles(64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "the largest C that fits 227 KiB; not measured against others"),
     Row(HOPPER, BF16, 256, GROUPED,
-        _tiles(32, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        _tiles(32, 32, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "with C 64 keys backward takes 304 KiB; not measured against others"),
     Row(HOPPER, FP16, 64, ANY,
-        _tiles(64, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        _tiles(64, 64, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
         "what meets gates is float32, twice as large as in bfloat16; not measured against others"),
     Row(HOPPER, FP16, 128, ANY,
-        _tiles(64, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        _tiles(64, 64, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
         "as for 64 slots, with these over twice the warps; not measured against others"),
     Row(HOPPER, FP16, 256, ANY,
-        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        _tiles(32, 32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
         "the largest C that fits 227 KiB; not measured against others"),
     Row(HOPPER, FP32, 64, ANY,
-        _tiles(32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        _tiles(32, 32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
         "exact products use no tensor cores, and their operands fill registers; not measured against others"),
     Row(HOPPER, FP32, 256, ANY,
-        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        _tiles(32, 32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
         "as for 64 slots, with these over twice the warps; not measured against others"),
     Row(ANY, BF16, 64, ANY,
-        _tiles(64, (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        _tiles(64, 64, (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
         "fits 96 KiB; not measured"),
     Row(ANY, BF16, 128, ANY,
-        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        _tiles(32, 32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
         "fits 96 KiB; not measured"),
     Row(ANY, ANY, 64, ANY,
-        _tiles(32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        _tiles(32, 32, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
         "fits 96 KiB; not measured"),
     Row(ANY, ANY, 128, SINGLE,
-        _tiles(32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        _tiles(32, 32, (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
         "fits 96 KiB; not measured"),
     Row(ANY, ANY, 256, ANY,
-        _tiles(32, (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+        _tiles(32, 32, (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
         "the least there is; what it takes of shared memory goes with the slots, up to 208 KiB; not measured"),
 )
 # fmt: on
