@@ -167,21 +167,21 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within it, every launch of a Triton kernel is noted, whichever thread it comes from."""
-    from triton.runtime import JITFunction
+    """Within it, every launch of one of the passes' kernels is noted, whichever thread it comes from."""
+    from flash_gsa.ops.triton import launching
 
-    run, launches = JITFunction.run, []
+    launch, launches = launching.launch, []
 
-    def note(self: Any, *arguments: Any, **options: Any) -> Any:
-        compiled = run(self, *arguments, **options)
-        launches.append(Launch(self.fn.__name__, partial(run, self, *arguments, **options), compiled))
+    def note(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        compiled = launch(kernel, *arguments, **options)
+        launches.append(Launch(kernel.fn.__name__, partial(launch, kernel, *arguments, **options), compiled))
         return compiled
 
-    JITFunction.run = note
+    launching.launch = note
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        launching.launch = launch
 
 
 def time_kernel(workload: Workload, tiles: Tiles, kernel: str, reference: Tiles) -> Record:
@@ -260,22 +260,27 @@ class _NoDevice:
 
 def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tiles, kernel: str) -> Record:
     """Compile `kernel` as a call under `tiles` launches it: the `shared_bytes` it takes. In a process without a GPU."""
-    from triton.runtime import JITFunction, driver
+    from triton.runtime import driver
+
+    from flash_gsa.ops.triton import launching
 
     driver.set_active(_NoDevice(target))
-    run, compiled = JITFunction.run, []
+    launch, compiled = launching.launch, []
 
-    def compile_only(self: Any, *arguments: Any, **options: Any) -> None:
-        if FIELDS.get(self.fn.__name__) == kernel:
-            compiled.append(run(self, *arguments, **options | {"warmup": True}))
+    def compile_only(
+        function: Any, programs: int, arguments: tuple, constants: Record, warps: int, stages: int = 1
+    ) -> None:
+        if FIELDS.get(function.fn.__name__) == kernel:
+            options = constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
+            compiled.append(function.run(*arguments, **options))
 
-    JITFunction.run = compile_only
+    launching.launch = compile_only
     start = time.perf_counter()
     try:
         with using(workload.tiles(tiles)):
             _results(workload, torch.device("meta"))
     finally:
-        JITFunction.run = run
+        launching.launch = launch
     shared = max(kernel.metadata.shared for kernel in compiled)
     return {"problem": None, "shared_bytes": shared, "compile_seconds": time.perf_counter() - start}
 

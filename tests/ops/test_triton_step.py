@@ -1,8 +1,9 @@
-"""The step kernels in Triton's interpreter and on a GPU: `step_slots` for states that lie by slots (order "MK"), and `step`.
+"""The step's kernels in Triton's interpreter and on a GPU: `step_slots` for states by slots (order "MK"), and `step`.
 
-The interpreter runs programs one after the other, so there none may wait for another: where `step` splits groups, `wait`
-is left out and the launch done twice, so that the second finds every part of the first. The interpreter is chosen
-when triton is imported: collected without TRITON_INTERPRET=1, this file is one test that starts it, and the GPU's.
+The interpreter runs programs one after the other, so there none may wait for another: where `step` splits groups,
+`wait` is left out and the launch done twice, so that the second finds every part of the first. The interpreter is
+chosen when triton is imported: collected without TRITON_INTERPRET=1, this file is one test that starts it, and the
+GPU's.
 """
 
 import os
@@ -377,14 +378,13 @@ else:
             torch.testing.assert_close(o, whole[:, t], rtol=0, atol=1e-5)
         torch.testing.assert_close(state, final, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("start", [0, 2**31 - 64, -64])
     @pytest.mark.parametrize(
-        ("programs", "sizes"),
+        ("programs", "sizes", "start"),
         [
-            (2, {}),
-            (8, {"HQ": 4, "H": 2, "K": 64, "V": 40, "M": 33, "strength": True}),
-            (16, {"K": 100, "V": 17, "M": 4}),
-            (4, {"HQ": 8, "K": 16, "V": 70, "M": 64}),
+            (2, {}, 0),
+            (8, {"HQ": 4, "H": 2, "K": 64, "V": 40, "M": 33, "strength": True}, 2**31 - 64),
+            (16, {"K": 100, "V": 17, "M": 4}, -64),
+            (4, {"HQ": 8, "K": 16, "V": 70, "M": 64}, 64),
         ],
         ids=str,
     )

@@ -1,8 +1,11 @@
-"""How programs of one launch wait for each other: a counter a group, and who owns the counters.
+"""How programs of one launch meet: a counter a group, and who owns the counters.
 
 The P programs of a group each add PER_MEETING / P to their counter and wait until it has grown by PER_MEETING. A
 counter therefore stands at a multiple of PER_MEETING between launches, whatever P was, and is never reset: the next
 launch, or the next replay of a captured one, goes on from there. It may wrap; only differences are looked at.
+
+Or none of them waits, and the one that finds the others' share in the counter does what is left to do (`is_last`).
+Then nothing below about waiting matters, only who owns the counters.
 
 Waiting ends only if every program of a group gets onto the chip while others of it wait there. Launchers split groups
 only while the whole grid fits at once; kernels beside it that end by themselves only delay it. Several launches that
@@ -53,7 +56,7 @@ def wait(counter, goal):
 
 @triton.jit
 def is_last(counter, P: tl.constexpr, PER_MEETING: tl.constexpr):
-    """Say the same, and wait for nobody: whether the others had said so before. Then what all stored can be loaded."""
+    """Say the same and wait for nobody: whether all others had said so before, and what they stored can be loaded."""
     tl.debug_barrier()
     before = tl.atomic_add(counter, PER_MEETING // P, sem="acq_rel", scope="gpu")
     # One thread knows it: the loads of the others must lie after that.

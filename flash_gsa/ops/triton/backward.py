@@ -27,122 +27,74 @@ from .chunks import (
     locate,
     near_attention,
     near_attention_any,
-    near_attention_transposed,
     near_logits,
     near_writes,
     products,
     store_rows,
     sums_over_tokens,
     time_order,
-    write_products,
 )
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def values_backward(
-    q, v, g, s, until, shrunk, kept, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, dgate, dwrite, cu_seqlens,
+    q, v, g, s, until, shrunk, kept, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, reached, cu_seqlens,
     chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
     PACKED: tl.constexpr, SLICES: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2 backward: read_p = p ∘ e^G, read_dl = dℓ ∘ e^G and dℓ [·, HQ, M] (dℓ only where levels above 0 occur).
+    """Pass 2 backward: read_p = p ∘ e^G, read_dl = dℓ ∘ e^G and dℓ [·, HQ, M] (dℓ only where levels above 0 occur);
+    reached = dℓ ∘ ℓ + p ∘ dp [·, H, M] in float32, summed over the query heads of a group.
 
-    In float32 [·, H, M] its share of dg from inside the chunk, dgate, and where s is given of ds, dwrite.
-    LINEAR: q takes the place of p, and scale · dp is its gradient. Grid: (chunks·H,).
+    LINEAR: q takes the place of p, and scale · dp is its gradient. Grid: (chunks·C/BT·H,).
     """
     BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
-    h = program % H
-    chunk = time_order(program // H, T, sequences, C, PACKED, False)
+    h, place = program % H, program // H % BLOCKS
+    chunk = time_order(program // (H * BLOCKS), T, sequences, C, PACKED, False)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
     _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
-    whole = tl.minimum(end - start, C).to(tl.int32)
+    token, before = start + place * BT, place * BT
+    if token >= end:
+        return
+    left = tl.minimum(end - token, C).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
+
     ot = tl.arange(0, BT)
-    for place in range(tl.cdiv(whole, BT)):
-        before = place * BT
-        token, left = start + before, whole - before
-        row, row_q = token * H + h, token * (H * R) + h * R
-        gates = row * M
-        found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
-        passed = tl.exp(load_sum(until + gates, -1, place > 0, H, M, BM))
-
-        total = tl.zeros([BT, BM], tl.float32)
-        written = tl.zeros([BT, BM], tl.float32)
-        across = tl.zeros([BT, BM], tl.float32)
-        for r in range(R):
-            at = (row_q + r) * M
-            scores, far, old = products(
-                do + (row_q + r) * V, v + row * V, hv + state * V, kept + gates, passed, left, before, scale,
-                BT, C, H * R * V, H * V, V, BD, H, M, BM, DOT, PRECISION,
-            )  # fmt: skip
-            dp = near_logits(
-                scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
-                BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
-            )  # fmt: skip
-            grown = tl.exp(load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
-            if LINEAR:
-                weight = load_rows(q + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-                store_rows(dq + at, dp, left, 0, BT, H * R * M, M, BM)
-            else:
-                weight = load_rows(p + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-                dlogits = weight * (dp - tl.sum(weight * dp, axis=1)[:, None])
-                sums = tl.load(lse + row_q + r + ot * (H * R), mask=ot < left, other=0.0)
-                z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + sums[:, None], 0.0)
-                total += dlogits * z
-                store_rows(read_dl + at, dlogits * grown, left, 0, BT, H * R * M, M, BM)
-                if found > 0:
-                    store_rows(dl + at, dlogits, left, 0, BT, H * R * M, M, BM)
-            total += weight * dp
-            reading = (weight * grown).to(DOT)
-            store_rows(read_p + at, reading, left, 0, BT, H * R * M, M, BM)
-            written += near_writes(
-                tl.trans(scores), reading, weight, until + gates, level + gates, found, left,
-                BT, H, M, BM, RANGE, DOT, PRECISION,
-            )  # fmt: skip
-            if C > BT:
-                across = tl.dot(tl.trans(far), reading, across, input_precision=PRECISION)
-
-        whole_block = _add_gates(
-            g + gates, s + gates, dgate + gates, dwrite + gates, total, written, left, False,
-            BT, H, M, BM, HAS_S, DOT,
+    passed = tl.exp(load_sum(until + gates, -1, place > 0, H, M, BM))
+    total = tl.zeros([BT, BM], tl.float32)
+    for r in range(R):
+        at = (row_q + r) * M
+        scores, old = products(
+            do + (row_q + r) * V, v + row * V, hv + state * V, kept + gates, passed, left, before, scale,
+            BT, C, H * R * V, H * V, V, BD, H, M, BM, DOT, PRECISION,
         )  # fmt: skip
-        if C > BT:
-            if place > 0:
-                # The block before: what its tokens wrote was read here, and its gates act on all that reads here.
-                tl.debug_barrier()
-                there = gates - BT * H * M
-                rest = load_sum(until + there, BT - 1, True, H, M, BM)[None, :]
-                rest -= load_rows(until + there, BT, 0, BT, H * M, M, BM).to(tl.float32)
-                reaches = tl.where((ot == BT - 1)[:, None], whole_block[None, :], 0.0)
-                _add_gates(
-                    g + there, s + there, dgate + there, dwrite + there, reaches, across * tl.exp(rest), BT, True,
-                    BT, H, M, BM, HAS_S, DOT,
-                )  # fmt: skip
-
-
-@triton.jit
-def _add_gates(
-    g, s, dg, ds, reached, written, left, MORE: tl.constexpr,
-    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """dg_i = Σ_{t≥i} (reached_t - s_t written_t) over the block's tokens, and ds = written, which where s is derived
-    goes through it into dg. MORE: added to what is there. Gives the sum over the whole block [BM]."""
-    onward = reached - load_write(g, s, left, BT, H, M, BM, HAS_S) * written
-    total = sums_over_tokens(onward, BT, True, DOT)
-    if HAS_S:
-        if MORE:
-            written += load_rows(ds, left, 0, BT, H * M, M, BM)
-        store_rows(ds, written, left, 0, BT, H * M, M, BM)
-    else:
-        total -= tl.exp(load_rows(g, left, 0, BT, H * M, M, BM).to(tl.float32)) * written
-    if MORE:
-        total += load_rows(dg, left, 0, BT, H * M, M, BM)
-    store_rows(dg, total, left, 0, BT, H * M, M, BM)
-    return tl.sum(onward, axis=0)
+        dp = near_logits(
+            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+        grown = tl.exp(load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
+        if LINEAR:
+            weight = load_rows(q + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+            store_rows(dq + at, dp, left, 0, BT, H * R * M, M, BM)
+        else:
+            weight = load_rows(p + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+            dlogits = weight * (dp - tl.sum(weight * dp, axis=1)[:, None])
+            sums = tl.load(lse + row_q + r + ot * (H * R), mask=ot < left, other=0.0)
+            z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + sums[:, None], 0.0)
+            total += dlogits * z
+            store_rows(read_dl + at, dlogits * grown, left, 0, BT, H * R * M, M, BM)
+            if found > 0:
+                store_rows(dl + at, dlogits, left, 0, BT, H * R * M, M, BM)
+        total += weight * dp
+        store_rows(read_p + at, weight * grown, left, 0, BT, H * R * M, M, BM)
+    store_rows(reached + gates, total, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
@@ -257,207 +209,235 @@ def states_backward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def inputs_backward(
-    q, k, v, g, s, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, dwrite, passed, hk, dhk, dhv, dq, dk,
-    dv, ds, dg, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,
+    q, k, v, g, s, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, passed, hk, dhk, dhv, dq, dk, dv, ds,
+    dg, onward_sums, later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
     PACKED: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K], dk [·, H, K], dv [·, H, V] and, where s is given, ds [·, H, M] of one chunk and kv head, block
-    after block; completes dg, which holds dgate.
+    """dq [·, HQ, K], dk [·, H, K], dv [·, H, V], where s is given ds [·, H, M], and dg [·, H, M], which holds what
+    `values_backward` calls reached, of one block and kv head.
 
-    LINEAR: p is q, and the second pass alone is done. Grid: (chunks·H,).
+    Every slice of q, k, v, do is read once: until a second time, other programs read more than the L2 cache holds.
+    What a block's gates owe to the other block of the chunk is two sums over that block's tokens, onward_sums and
+    later_sums [chunks, C/BT, H, M]: see `across_blocks`. LINEAR: p is q, and the second pass alone is done.
+    Grid: (chunks·C/BT·H,), the blocks of a chunk next to each other, so that what both read comes from L2.
     """
     BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
-    h = program % H
-    chunk = time_order(program // H, T, sequences, C, PACKED, False)
+    h, place = program % H, program // H % BLOCKS
+    chunk = time_order(program // (H * BLOCKS), T, sequences, C, PACKED, False)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
     _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
-    whole = tl.minimum(end - start, C).to(tl.int32)
+    token, before = start + place * BT, place * BT
+    if token >= end:
+        return
+    left = tl.minimum(end - token, C - before).to(tl.int32)
+    row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
+    gates = row * M
+    block = (chunk * BLOCKS + place) * H + h
+    found = load_levels(levels, block, SLICES)
+
+    written = tl.zeros([BT, BM], tl.float32)
+    carried = tl.zeros([BT, BM], tl.float32)
+    if not LINEAR:
+        written, carried = _half(
+            written, carried, q + row_q * K, k + row * K, hk + state * K, dhk + state * K, dq + row_q * K, dk + row * K,
+            read_dl + row_q * M, dl + row_q * M, key_scale, g + gates, s + gates, until + gates, shrunk + gates,
+            kept + gates, level + gates, found, left, before,
+            K, H, R, M, C, BT, BD, BM, RANGE, HAS_S, True, DOT, PRECISION,
+        )  # fmt: skip
+    written, carried = _half(
+        written, carried, do + row_q * V, v + row * V, dhv, dhv + state * V, dv, dv + row * V,
+        read_p + row_q * M, p + row_q * M, value_scale, g + gates, s + gates, until + gates, shrunk + gates,
+        kept + gates, level + gates, found, left, before,
+        V, H, R, M, C, BT, BD, BM, RANGE, HAS_S, False, DOT, PRECISION,
+    )  # fmt: skip
 
     om = tl.arange(0, BM)
-    earlier = tl.zeros([BM], tl.float32)
-    for i in range(PARTS):
-        earlier += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
-    all_gates = load_sum(until + (start * H + h) * M, whole - 1, True, H, M, BM)
+    own = load_sum(until + gates, tl.minimum(left, BT) - 1, True, H, M, BM)
+    rest = own[None, :] - load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
+    through = own
     if C > BT:
-        all_gates += load_sum(until + (start * H + h) * M, BT - 1, whole > BT, H, M, BM)
-    earlier *= tl.exp(all_gates)
-    for place in range(tl.cdiv(whole, BT)):
-        before = place * BT
-        token, left = start + before, whole - before
-        row, row_q = token * H + h, token * (H * R) + h * R
-        gates = row * M
-        found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
+        after = load_sum(until + gates, left - 1, left > BT, H, M, BM)
+        rest += after[None, :]
+        through += after + load_sum(until + gates, -1, place > 0, H, M, BM)
+    through = tl.exp(through)
+    product = tl.zeros([BM], tl.float32)
+    for i in range(PARTS):
+        product += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+    carried *= tl.exp(rest)
+    write = load_write(g + gates, s + gates, left, BT, H, M, BM, HAS_S)
+    later = write * carried
+    onward = load_rows(dg + gates, left, 0, BT, H * M, M, BM) - write * written
+    if C > BT:
+        at = block.to(tl.int64) * M + om
+        tl.store(later_sums + at, tl.sum(later, axis=0), mask=om < M)
+        tl.store(onward_sums + at, tl.sum(onward, axis=0), mask=om < M)
+    total = sums_over_tokens(later, BT, False, DOT) - later + (product * through)[None, :]
+    total += sums_over_tokens(onward, BT, True, DOT)
+    if HAS_S:
+        store_rows(ds + gates, carried + written, left, 0, BT, H * M, M, BM)
+    else:
+        total -= tl.exp(load_rows(g + gates, left, 0, BT, H * M, M, BM).to(tl.float32)) * (carried + written)
+    store_rows(dg + gates, total, left, 0, BT, H * M, M, BM)
 
-        carried = tl.zeros([BT, BM], tl.float32)
-        written = tl.zeros([BT, BM], tl.float32)
-        if not LINEAR:
-            carried, written = _half(
-                carried, written, q + row_q * K, k + row * K, dhk + state * K, dk + row * K, read_dl + row_q * M,
-                dl + row_q * M, key_scale, g + gates, s + gates, until + gates, shrunk + gates, kept + gates,
-                level + gates, found, left, K, H, R, M, C, BT, BD, BM, RANGE, HAS_S, True, DOT, PRECISION,
-            )  # fmt: skip
-            _queries(
-                k + row * K, hk + state * K, dq + row_q * K, read_dl + row_q * M, dl + row_q * M, key_scale,
-                g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates, found, left, before,
-                K, H, R, M, C, BT, BD, BM, RANGE, HAS_S, DOT, PRECISION,
-            )  # fmt: skip
-        carried, written = _half(
-            carried, written, do + row_q * V, v + row * V, dhv + state * V, dv + row * V, read_p + row_q * M,
-            p + row_q * M, value_scale, g + gates, s + gates, until + gates, shrunk + gates, kept + gates,
-            level + gates, found, left, V, H, R, M, C, BT, BD, BM, RANGE, HAS_S, False, DOT, PRECISION,
-        )  # fmt: skip
 
-        rest = load_sum(until + gates, tl.minimum(left, BT) - 1, True, H, M, BM)[None, :]
-        rest -= load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
-        if C > BT:
-            rest += load_sum(until + gates, left - 1, left > BT, H, M, BM)[None, :]
-        carried *= tl.exp(rest)
-        write = load_write(g + gates, s + gates, left, BT, H, M, BM, HAS_S)
-        later = write * carried
-        total = sums_over_tokens(later, BT, False, DOT) - later + earlier[None, :]
-        if not LINEAR:
-            onward = write * written
-            total -= sums_over_tokens(onward, BT, True, DOT)
-        if HAS_S:
-            among = load_rows(dwrite + gates, left, 0, BT, H * M, M, BM)
-            store_rows(ds + gates, among + carried + written, left, 0, BT, H * M, M, BM)
-        else:
-            decay = tl.exp(load_rows(g + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
-            total -= decay * (carried + written)
-        total += load_rows(dg + gates, left, 0, BT, H * M, M, BM)
-        store_rows(dg + gates, total, left, 0, BT, H * M, M, BM)
-        if C > BT:
-            earlier += tl.sum(later, axis=0)
-            if not LINEAR:
-                if place > 0:
-                    tl.debug_barrier()
-                    there = dg + gates - BT * H * M
-                    total = load_rows(there, BT, 0, BT, H * M, M, BM) - tl.sum(onward, axis=0)[None, :]
-                    store_rows(there, total, BT, 0, BT, H * M, M, BM)
+@triton.jit(do_not_specialize=["T", "sequences"])
+def across_blocks(
+    dg, onward_sums, later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
+    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Completes dg [·, H, M] of chunks of two blocks: gates of the first act on all that the second's tokens read, those
+    of the second on all that the first's left in the state. Grid: (chunks·2·H,)."""
+    BLOCKS: tl.constexpr = C // BT
+    program = tl.program_id(0)
+    h, place, chunk = program % H, program // H % BLOCKS, program // (H * BLOCKS)
+    if PACKED:
+        if chunk >= tl.load(first_chunk + sequences):
+            return
+    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    if start + BT >= end:
+        return
+    token = start + place * BT
+    left = tl.minimum(end - token, BT).to(tl.int32)
+    om = tl.arange(0, BM)
+    other = ((chunk * BLOCKS + 1 - place) * H + h).to(tl.int64) * M + om
+    sums = onward_sums
+    if place > 0:
+        sums = later_sums
+    owed = tl.load(sums + other, mask=om < M, other=0.0)
+    gates = dg + (token * H + h) * M
+    total = load_rows(gates, left, 0, BT, H * M, M, BM) + owed[None, :]
+    store_rows(gates, total, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit
 def _half(
-    carried, written, y, x, dh, dx, read, weights, factor, g, s, until, shrunk, kept, level, levels, left,
+    written, carried, y, x, h, dh, dy, dx, read, weights, factor, g, s, until, shrunk, kept, level, levels, left, before,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, WRITES: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass, (x, y) = (k, q) or (v, do): dx_j = factor · Σ_{t≥j} near_jt y_t + kept_j dh, t up to the chunk's end.
+    """One pass, (x, y) = (k, q) or (v, do), of one block. With near_tj what token t reads of j, read_t what it reads of
+    the state before the chunk and kept_j what the state behind it has of j:
 
-    Also carried + x dhᵀ, and if WRITES written + what factor · Σ_{t≥j} (x_j·y_t) weights_t adds to ds in the chunk.
+    dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh;  QUERIES: dy_t = factor · (Σ_{j≤t} near_tj x_j + read_t h);
+    written_j + factor · Σ_{t≥j} (y_t·x_j) weights_tj;  carried_j + x_j dhᵀ, still without kept's factor.
+
+    t up to the chunk's end and j from its start: also in the block after or before, of `left` - BT and `before` tokens.
     """
     after = left - BT
-    keeping = load_rows(kept, left, 0, BT, H * M, M, BM)
-    writing = keeping.to(DOT)
+    writing = load_rows(kept, left, 0, BT, H * M, M, BM)
     if C > BT:
-        passed = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
-        writing = (keeping.to(tl.float32) * passed[None, :]).to(DOT)
-    keeping = keeping.to(DOT)
+        gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
+        writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
+    writing = writing.to(DOT)
+    scores = tl.zeros([BT, BT], tl.float32)
+    scores_after = tl.zeros([BT, BT], tl.float32)
     if R == 1:
-        near, far = _weights(
-            keeping, read, weights, g, s, until, shrunk, level, levels, left,
-            H, R, M, C, BT, BM, RANGE, HAS_S, DOT, PRECISION,
+        near, near_after, near_before, of_state = _weights(
+            read, weights, g, s, until, shrunk, kept, level, levels, left, before,
+            H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
         )  # fmt: skip
-        scores = tl.zeros([BT, BT], tl.float32)
-        far_scores = tl.zeros([BT, BT], tl.float32)
     for d in range(0, D, BD):
-        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
         xd = load_rows(x, left, d, BT, H * D, D, BD)
+        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
         carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
         out = tl.zeros([BT, BD], tl.float32)
         for r in tl.static_range(R):
+            yr = y + r * D
             if R > 1:
-                near, far = _weights(
-                    keeping, read + r * M, weights + r * M, g, s, until, shrunk, level, levels, left,
-                    H, R, M, C, BT, BM, RANGE, HAS_S, DOT, PRECISION,
+                near, near_after, near_before, of_state = _weights(
+                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, levels, left, before,
+                    H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
                 )  # fmt: skip
-            yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
-            out = tl.dot(near, yd.to(DOT), out, input_precision=PRECISION)
-            if WRITES and R == 1:
-                scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
+                scores = tl.zeros([BT, BT], tl.float32)
+                scores_after = tl.zeros([BT, BT], tl.float32)
+            yd = load_rows(yr, left, d, BT, H * R * D, D, BD)
+            scores = tl.dot(yd, tl.trans(xd), scores, input_precision=PRECISION)
+            if QUERIES:
+                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
+                grad = tl.dot(of_state, hd, input_precision=PRECISION)
+                grad = tl.dot(near, xd.to(DOT), grad, input_precision=PRECISION)
+                if C > BT:
+                    wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
+                    grad = tl.dot(near_before, wd.to(DOT), grad, input_precision=PRECISION)
+                store_rows(dy + r * D, grad * factor, left, d, BT, H * R * D, D, BD)
+            out = tl.dot(tl.trans(near), yd.to(DOT), out, input_precision=PRECISION)
             if C > BT:
-                zd = load_rows(y + r * D + BT * H * R * D, after, d, BT, H * R * D, D, BD)
-                out = tl.dot(far, zd.to(DOT), out, input_precision=PRECISION)
-                if WRITES and R == 1:
-                    far_scores = tl.dot(xd, tl.trans(zd), far_scores, input_precision=PRECISION)
+                zd = load_rows(yr + BT * H * R * D, after, d, BT, H * R * D, D, BD)
+                scores_after = tl.dot(zd, tl.trans(xd), scores_after, input_precision=PRECISION)
+                out = tl.dot(near_after, zd.to(DOT), out, input_precision=PRECISION)
+            if R > 1:
+                written += _written(
+                    scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level, levels, left,
+                    H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+                )  # fmt: skip
         out = tl.dot(writing, dhd, out * factor, input_precision=PRECISION)
         store_rows(dx, out, left, d, BT, H * D, D, BD)
-    if WRITES:
-        for r in range(R):
-            if R > 1:
-                scores = tl.zeros([BT, BT], tl.float32)
-                far_scores = tl.zeros([BT, BT], tl.float32)
-                for d in range(0, D, BD):
-                    xd = load_rows(x, left, d, BT, H * D, D, BD)
-                    yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
-                    scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
-                    if C > BT:
-                        zd = load_rows(y + r * D + BT * H * R * D, after, d, BT, H * R * D, D, BD)
-                        far_scores = tl.dot(xd, tl.trans(zd), far_scores, input_precision=PRECISION)
-            oj = tl.arange(0, BT)
-            inside = tl.where(oj[None, :] >= oj[:, None], scores * factor, 0.0).to(DOT)
-            reading = load_rows(read + r * M, left, 0, BT, H * R * M, M, BM).to(DOT)
-            weight = reading
-            if levels > 0:
-                weight = load_rows(weights + r * M, left, 0, BT, H * R * M, M, BM).to(DOT)
-            written += near_writes(
-                inside, reading, weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
-            )
-            if C > BT:
-                reading = load_rows(read + r * M + BT * H * R * M, after, 0, BT, H * R * M, M, BM).to(DOT)
-                sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
-                rest = load_sum(until, BT - 1, after > 0, H, M, BM)[None, :] - sums
-                beyond = tl.dot((far_scores * factor).to(DOT), reading, input_precision=PRECISION)
-                written += tl.where(after > 0, tl.exp(rest) * beyond, 0.0)
-    return carried, written
+    if R == 1:
+        written += _written(
+            scores * factor, scores_after * factor, read, weights, until, level, levels, left,
+            H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+        )  # fmt: skip
+    return written, carried
 
 
 @triton.jit
 def _weights(
-    keeping, read, weights, g, s, until, shrunk, level, levels, left,
+    read, weights, g, s, until, shrunk, kept, level, levels, left, before,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With what the tokens j of a block meet those t of the same and of the next block: two times [BT (j), BT (t)]."""
-    near = near_attention_transposed(
-        read, weights, g, s, until, shrunk, level, levels, left,
-        BT, H, R, M, BM, RANGE, HAS_S, DOT, PRECISION,
-    )  # fmt: skip
-    far = near
+    """What the block's tokens t read of its own j, [t, j]; what tokens t of the block after read of j, [j, t]; what the
+    block's tokens read of those of the block before, [t, j]; and of the state before the chunk, [t, BM]."""
+    reading = load_rows(read, left, 0, BT, H * R * M, M, BM)
+    of_state = reading.to(DOT)
+    if levels > 0:
+        weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+        near = near_attention_any(
+            reading.to(DOT), weight, g, s, until, shrunk, level, levels, left,
+            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        near = near_attention(reading.to(DOT), shrunk, left, BT, H, M, BM, DOT, PRECISION)
+    near_after = near
+    near_before = near
     if C > BT:
-        reading = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
-        far = tl.dot(keeping, tl.trans(reading), input_precision=PRECISION).to(DOT)
-    return near, far
+        keeping = load_rows(kept, left, 0, BT, H * M, M, BM).to(DOT)
+        behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
+        near_after = tl.dot(keeping, tl.trans(behind), input_precision=PRECISION).to(DOT)
+        if QUERIES:
+            gone = tl.exp(load_sum(until, -1, before > 0, H, M, BM))
+            ahead = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+            near_before = tl.dot(reading.to(DOT), tl.trans(ahead), input_precision=PRECISION).to(DOT)
+            of_state = (reading.to(tl.float32) * gone[None, :]).to(reading.dtype).to(DOT)
+    return near, near_after, near_before, of_state
 
 
 @triton.jit
-def _queries(
-    k, hk, dq, read, weights, factor, g, s, until, shrunk, kept, level, levels, left, before,
-    K: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _written(
+    scores, scores_after, read, weights, until, level, levels, left,
+    H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+    RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block."""
-    passed = tl.exp(load_sum(until, -1, before > 0, H, M, BM))
-    for r in range(R):
-        reading = load_rows(read + r * M, left, 0, BT, H * R * M, M, BM)
-        if levels > 0:
-            weight = load_rows(weights + r * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-            near = near_attention_any(
-                reading.to(DOT), weight, g, s, until, shrunk, level, levels, left,
-                BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
-            )  # fmt: skip
-        else:
-            near = near_attention(reading.to(DOT), shrunk, left, BT, H, M, BM, DOT, PRECISION)
-        write_products(
-            near, k, reading.to(tl.float32), hk, dq + r * K, kept, passed, left, before, factor,
-            BT, C, H * K, H * R * K, K, BD, H, M, BM, DOT, PRECISION,
-        )  # fmt: skip
+    """What scores [BT (t), BT (j)] add to ds_j [BT, BM]: y_t·x_j for t in the same block, and in the one after."""
+    ot = tl.arange(0, BT)
+    turned = tl.trans(tl.where(ot[:, None] >= ot[None, :], scores, 0.0).to(DOT))
+    reading = load_rows(read, left, 0, BT, H * R * M, M, BM).to(DOT)
+    weight = reading
+    if levels > 0:
+        weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(DOT)
+    total = near_writes(turned, reading, weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION)
+    if C > BT:
+        behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
+        sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
+        rest = load_sum(until, BT - 1, left > BT, H, M, BM)[None, :] - sums
+        far = tl.dot(tl.trans(scores_after.to(DOT)), behind, input_precision=PRECISION)
+        total += tl.exp(tl.minimum(rest, 0.0)) * far
+    return total

@@ -96,10 +96,9 @@ def products(
     BT: tl.constexpr, C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of x, y [BT, D] and state [M, D], where y₋ and kept₋ are of the block before, which has `before` tokens, 0 or BT:
-
-    factor · x yᵀ, 0 above the diagonal, and factor · x y₋ᵀ, both [BT, BT] in the products' format; and what x sees of
-    all that was there before the block, factor · (passed ∘ x stateᵀ + x y₋ᵀ kept₋) [BT, BM] in float32."""
+    """Of x, y [BT, D] and state [M, D]: factor · x yᵀ [BT, BT], 0 above the diagonal, in the products' format; and what
+    x sees of all that was there before its block, factor · (passed ∘ x stateᵀ + x y₋ᵀ kept₋) [BT, BM] in float32,
+    where y₋ and kept₋ are of the block before, which has `before` tokens, 0 or BT."""
     scores = tl.zeros([BT, BT], tl.float32)
     far = tl.zeros([BT, BT], tl.float32)
     old = tl.zeros([BT, BM], tl.float32)
@@ -115,12 +114,10 @@ def products(
     ot = tl.arange(0, BT)
     near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
     old *= factor * passed[None, :]
-    before_it = near
     if C > BT:
-        before_it = (far * factor).to(DOT)
         written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-        old = tl.dot(before_it, written, old, input_precision=PRECISION)
-    return near, before_it, old
+        old = tl.dot((far * factor).to(DOT), written, old, input_precision=PRECISION)
+    return near, old
 
 
 @triton.jit
@@ -232,31 +229,6 @@ def near_attention_any(
         total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
     oc = tl.arange(0, BT)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
-
-
-@triton.jit
-def near_attention_transposed(
-    read, weights, g, s, until, shrunk, level, levels, left,
-    BT: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
-    RANGE: tl.constexpr, HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`near_attention` as [BT (j), BT (t)]; here read too lies in memory."""
-    reading = load_rows(read, left, 0, BT, H * R * M, M, BM).to(DOT)
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    if levels > 0:
-        sums = load_rows(until, left, 0, BT, H * M, M, BM)
-        need = load_rows(level, left, 0, BT, H * M, M, BM)
-        weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-        write = load_write(g, s, left, BT, H, M, BM, HAS_S)
-        total = tl.dot(weak, tl.trans(tl.where(need == 0, reading, 0.0)), input_precision=PRECISION)
-        for i in tl.range(references(levels, BT), num_stages=1):
-            grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
-            far = (weight * grown).to(DOT)
-            total = tl.dot((write * inverse).to(DOT), tl.trans(far), total, input_precision=PRECISION)
-    else:
-        total = tl.dot(weak, tl.trans(reading), input_precision=PRECISION)
-    oc = tl.arange(0, BT)
-    return tl.where(oc[:, None] <= oc[None, :], total, 0.0).to(DOT)
 
 
 @triton.jit

@@ -150,7 +150,7 @@ def outputs(
         p = load_rows(q + row_q * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         factor = scale
     else:
-        scores, _, old = products(
+        scores, old = products(
             q + row_q * K, k + row * K, hk + state * K, kept + gates, passed, left, before, scale,
             BT, C, H * R * K, H * K, K, BD, H, M, BM, DOT, PRECISION,
         )  # fmt: skip

@@ -32,8 +32,7 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
         _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            q, k, v, g, strength, *gates, hk, hv, results[0], p, lse,
-            scale=scale, KEEP=keep, **plan.linear,
+            (q, k, v, g, strength, *gates, hk, hv, results[0], p, lse), (scale,), KEEP=keep,
         )  # fmt: skip
     return results, shared
 
@@ -54,7 +53,7 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
     dg = torch.empty_like(g, dtype=torch.float32)
-    dwrite, ds = (dg, None) if s is None else (torch.empty_like(dg), torch.empty_like(s))
+    ds = None if s is None else torch.empty_like(s)
     initial = plan.boundary_states(q) if hk0 is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
@@ -64,21 +63,30 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             hk, hv = plan.states(q)
             _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
         plan.launch(
-            backward.values_backward, plan.tiles.values_backward, plan.H,
-            q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg, dwrite, scale=1.0, **plan.linear,
+            backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
+            (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
         )  # fmt: skip
         dhk, dhv = plan.states(q)
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-            HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R, key_scale=scale, value_scale=1.0,
+            (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R,
         )  # fmt: skip
-        plan.launch(
-            backward.inputs_backward, plan.tiles.inputs_backward, plan.H,
-            q, k, v, g, strength, *gates, do, p, dl, read_p, read_dl, dwrite, passed, hk, dhk, dhv, dq, dk, dv, ds, dg,
-            key_scale=scale, value_scale=1.0, PARTS=parts, **plan.linear,
+        _inputs_backward(
+            plan, parts, (scale, 1.0),
+            q, k, v, g, strength, *gates, do, p, dl, read_p, read_dl, passed, hk, dhk, dhv, dq, dk, dv, ds, dg,
         )  # fmt: skip
     return dq, dk, dv, dg.to(g.dtype), ds, *initial
+
+
+def _inputs_backward(plan: Plan, parts: int, scales: tuple[float, float], *arguments) -> None:
+    """The end of a backward; dg, the last argument, is completed."""
+    dg = arguments[-1]
+    sums = dg.new_empty(2, plan.chunks.count, plan.blocks, plan.H, plan.M).unbind()
+    tile, programs = plan.tiles.inputs_backward, plan.blocks * plan.H
+    plan.launch(backward.inputs_backward, tile, programs, (*arguments, *sums), scales, PARTS=parts)
+    if plan.blocks > 1:
+        plan.complete(backward.across_blocks, dg, *sums)
 
 
 def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
@@ -99,7 +107,7 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
         _states(plan, q, v, v, kept, until, h0, h0, h, h, (hT, hT))
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            q, v, v, g, k, *gates, h, h, o, None, None, scale=scale, KEEP=False, **plan.linear,
+            (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), KEEP=False,
         )  # fmt: skip
     return (o, hT), shared
 
@@ -110,24 +118,23 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
     *gates, h = shared
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read = torch.empty_like(q, dtype=plan.state_dtype)
-    dg, dwrite = (torch.empty_like(g, dtype=torch.float32) for _ in range(2))
+    dg = torch.empty_like(g, dtype=torch.float32)
     dh = torch.empty_like(h)
     dh0 = None if h0 is None else plan.boundary_states(q)[1]
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
     with torch.cuda.device_of(q):
         plan.launch(
-            backward.values_backward, plan.tiles.values_backward, plan.H,
-            q, v, g, k, *gates, h, None, None, do, dq, None, read, None, dg, dwrite, scale=scale, **plan.linear,
+            backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
+            (q, v, g, k, *gates, h, None, None, do, dq, None, read, None, dg), (scale,),
         )  # fmt: skip
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
-            HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R, key_scale=scale, value_scale=scale,
+            (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R,
         )  # fmt: skip
-        plan.launch(
-            backward.inputs_backward, plan.tiles.inputs_backward, plan.H,
-            do, v, v, g, k, *gates, do, q, None, read, None, dwrite, passed, h, dh, dh, None, dv, dv, dk, dg,
-            key_scale=scale, value_scale=scale, PARTS=parts, **plan.linear,
+        _inputs_backward(
+            plan, parts, (scale, scale),
+            do, v, v, g, k, *gates, do, q, None, read, None, passed, h, dh, dh, None, dv, dv, dk, dg,
         )  # fmt: skip
     return dq, dk, dv, dg.to(g.dtype), dh0

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gates
+from . import gates, launching
 from .tiles import choose
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
@@ -147,27 +147,32 @@ class Plan:
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
-        gates.prepare[(out[-1].numel(),)](
-            g, s, *out, *self.tables[0], **self.sizes, **self.near, BS=self.slice, num_warps=4
-        )
+        constants = self.sizes | self.near | {"BS": self.slice}
+        launching.launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), constants, warps=4)
 
-    def walk(self, kernel, tile, like: Tensor, arguments, **options) -> None:
+    def complete(self, kernel, *arguments) -> None:
+        """Launch a kernel over blocks and heads that only touches gates."""
+        programs = self.chunks.count * self.blocks * self.H
+        constants = self.sizes | {"BM": self.widths["BM"]}
+        launching.launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps=4)
+
+    def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
         slices = self.slices(tile)
-        grid = (self.segments.count * self.H * slices,)
-        table = (*self.tables[1], self.segment_chunks)
-        options |= self.sizes | self.widths | {"BD": tile.BD}
-        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        programs = self.segments.count * self.H * slices
+        table = (*self.tables[1], self.segment_chunks, *scales)
+        constants |= self.sizes | self.widths | {"BD": tile.BD}
         local: tuple[Tensor | None, ...] = (None, None, None)
         if self.split:
             decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
             local = (*self._pair(like, self.segments.count, torch.float32), decay)
-            kernel[grid](*arguments, *local, *table, **options, LOCAL=True, SPLIT=False)
-        kernel[grid](*arguments, *local, *table, **options, LOCAL=False, SPLIT=self.split)
+            only = constants | {"LOCAL": True, "SPLIT": False}
+            launching.launch(kernel, programs, (*arguments, *local, *table), only, tile.warps, tile.stages)
+        constants |= {"LOCAL": False, "SPLIT": self.split}
+        launching.launch(kernel, programs, (*arguments, *local, *table), constants, tile.warps, tile.stages)
 
-    def launch(self, kernel, tile, programs: int, *arguments, **constants) -> None:
-        """Launch a kernel over chunks and heads."""
-        kernel[(self.chunks.count * programs,)](
-            *arguments, *self.tables[0], **self.sizes, **self.widths, **self.near, **constants,
-            R=self.R, BD=tile.BD, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    def launch(self, kernel, tile, programs: int, arguments, scales, **constants) -> None:
+        """Launch a kernel over chunks, `programs` of them for each."""
+        constants |= self.sizes | self.widths | self.near | self.linear | {"R": self.R, "BD": tile.BD}
+        arguments = (*arguments, *self.tables[0], *scales)
+        launching.launch(kernel, self.chunks.count * programs, arguments, constants, tile.warps, tile.stages)

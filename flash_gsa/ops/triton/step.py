@@ -1,5 +1,8 @@
 """One token of the recurrence in one launch: each number of the state is read once and written once.
 
+Where both states lie by slots, as prefill leaves them, `step_slots` does it in one pass. This kernel takes any order,
+and any number of query heads, in two:
+
 A key/value head of a sequence is a group of P programs. Each holds a slice of K̃ (some of K's rows) and of Ṽ (some of
 V's columns):
 
@@ -198,11 +201,13 @@ def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Spli
 
 
 def choose_by_slots(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Split:
-    """The same for `step_slots`, where no program waits: as many as there should be."""
+    """The same for `step_slots`, where no program waits for another: four a multiprocessor, of two slots or more."""
     programs = 1
-    while programs * groups < 2 * processors and 4 * programs <= M and programs < PER_MEETING // 2:
+    while programs * groups < 2 * processors and 4 * programs <= M and 2 * programs <= PER_MEETING:
         programs *= 2
-    return Split(programs, tile=2048, warps=4, stages=4)
+    # A thread holds as many numbers of both tiles, and of R outputs of a row: what leaves room for four programs.
+    tile = 2048 if R == 1 else 1024 if R <= 4 else 512
+    return Split(programs, tile if K % 16 == V % 16 == 0 else min(tile, 1024), warps=4, stages=4)
 
 
 def triton_step(
@@ -283,36 +288,34 @@ def launch(
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
     split = split or (choose_by_slots if by_slots else choose)(groups, K, V, M, R, _processors(q.device))
     P = split.programs
-    BM, BR, BK, BV = (triton.next_power_of_2(x) for x in (M, R, K, V))
-    if by_slots:
-        numbers = groups * P * R * (BV + 2)
-    else:
-        numbers = groups * P * BR * BM
+    BK, BV, BM, BR = (triton.next_power_of_2(x) for x in (K, V, M, R))
     q, k, v, g = (_rows(x) for x in (q, k, v, g))
     s = None if s is None else _rows(s)
     parts = arrived = None
     with torch.cuda.device_of(q):
         if P > 1:
-            parts, arrived = meeting_place(groups, numbers, q.device)
-        arguments = (
-            q, k, v, g, s, *state, *new, o, parts, arrived,
-            q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if s is None else s.stride(0),
-        )  # fmt: skip
-        sizes = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING, "STAGES": split.stages}
+            parts, arrived = meeting_place(groups, groups * P * (R * (BV + 2) if by_slots else BR * BM), q.device)
+        places = (q, k, v, g, s, *state, *new, o, parts, arrived)
+        strides = [0 if x is None else x.stride(0) for x in (q, k, v, g, s)]
+        sizes = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING}
+        options = {"STAGES": split.stages, "HAS_S": s is not None, "num_warps": split.warps}
+        (hk_b, hk_h, hk_k, hk_m), (hv_b, hv_h, hv_m, hv_v) = (x.stride() for x in state)
         if by_slots:
             BM, TILES = _cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
             step_slots[(groups * P,)](
-                *arguments, *state[0].stride()[:2], state[0].stride(3), *state[1].stride()[:3], scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES,
-                AT_ONCE=max(1, min(P, 1024 * split.warps // BV)), HAS_S=s is not None, num_warps=split.warps,
+                *places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H,
+                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES, AT_ONCE=max(1, min(P, 1024 * split.warps // BV)), **options,
             )  # fmt: skip
         else:
             BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
             BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
+            # Loads of fewer numbers than threads leave the tiles of Ṽ, which come in a loop, their layout: read in
+            # that of a larger load, each costs thousands of cycles.
+            AT_ONCE = 1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM))
             step[(groups * P,)](
-                *arguments, *state[0].stride(), *state[1].stride(), scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES,
-                AT_ONCE=1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM)), HAS_S=s is not None, num_warps=split.warps,
+                *places, *strides, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H,
+                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES, AT_ONCE=AT_ONCE,
+                **options,
             )  # fmt: skip
     return o
 
