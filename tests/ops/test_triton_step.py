@@ -98,14 +98,21 @@ def test_programs_are_all_on_the_chip_at_once():
 
 
 def test_programs_of_a_pass_over_slots():
+    """None without a slot; more programs only where there are fewer heads; none where there is no chip."""
     for processors in (1, 132, 148):
-        for groups in (1, 4, 32, 132, 264, 4096):
-            for K, V, M, R in ((512, 512, 64, 1), (128, 128, 64, 4), (5, 3, 1, 1), (512, 64, 256, 8)):
-                P = choose_by_slots(groups, K, V, M, R, processors).programs
-                assert P <= M
-                assert arrivals.PER_MEETING % P == 0
-    assert choose_by_slots(1, 512, 512, 64, 1, processors=0).programs == 1
-    assert choose_by_slots(4096, 512, 512, 64, 1, processors=132).programs == 1
+        for M in (1, 33, 64, 256, 4096):
+            for R in (1, 4, 8):
+                for itemsize in (2, 4):
+                    counts = [
+                        choose_by_slots(groups, M, R, itemsize, processors).programs
+                        for groups in (1, 4, 32, 128, 132, 264, 512, 4096)
+                    ]
+                    assert counts == sorted(counts, reverse=True)
+                    assert all(P <= M and arrivals.PER_MEETING % P == 0 for P in counts)
+                    assert counts[-1] == 1
+    assert choose_by_slots(1, 64, 1, 4, processors=0).programs == 1
+    assert choose_by_slots(32, 64, 1, 4, processors=132).programs == 8
+    assert choose_by_slots(128, 64, 1, 2, processors=132).programs == 4
 
 
 def test_which_states_lie_by_slots():
@@ -113,6 +120,38 @@ def test_which_states_lie_by_slots():
         assert lies_by_slots(make(order=order)[1]) == (order == "MK")
     hk, hv = make(order="MK")[1]
     assert not lies_by_slots((hk, hv.transpose(2, 3).contiguous().transpose(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel"),
+    [
+        ({"B": 1}, "step"),
+        ({"B": 9}, "step_slots"),
+        ({"B": 9, "order": "KM"}, "step"),
+        ({"B": 9, "HQ": 8}, "step_slots"),
+        ({"B": 9, "HQ": 9}, "step"),
+    ],
+    ids=str,
+)
+def test_which_kernel_runs(monkeypatch, sizes, kernel):
+    """On a chip; without one, as in the interpreter, few heads are no reason for `step`."""
+    launched = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(self.name)
+
+    for name in ("step", "step_slots"):
+        monkeypatch.setattr(step, name, Kernel(name))
+    monkeypatch.setattr(step, "meeting_place", lambda groups, numbers, device: (None, None))
+    for processors, expected in ((132, kernel), (0, "step_slots" if sizes == {"B": 1} else kernel)):
+        monkeypatch.setattr(step, "_processors", lambda device, processors=processors: processors)
+        token, state = make(**{"order": "MK"} | sizes)
+        launch(*token, state, state, 0.7)
+        assert launched.pop() == expected
 
 
 def test_counters_are_handed_out_once():
@@ -140,6 +179,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout + done.stderr
         assert " passed" in done.stdout
 
+    MANY = 12  # sequences, enough for `step_slots` even of one head each
     MODEL_1B = {"HQ": 4, "H": 4, "K": 512, "V": 512, "M": 64}
     MODEL_7B = {"HQ": 32, "H": 8, "K": 128, "V": 128, "M": 64}
 
@@ -163,13 +203,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             ({"HQ": 40, "H": 2, "K": 64, "V": 64, "M": 48}, torch.bfloat16),
             ({"HQ": 1, "K": 300, "V": 130, "M": 200}, torch.bfloat16),
             (MODEL_7B, torch.bfloat16),
+            (MODEL_7B | {"HQ": 64}, torch.float32),
             (MODEL_1B | {"B": 1}, torch.float32),
             (MODEL_1B | {"B": 80}, torch.bfloat16),
         ],
         ids=str,
     )
     def test_accuracy_on_a_gpu(cuda, sizes, dtype, order):
-        check(*make(order=order, dtype=dtype, device=cuda, **sizes))
+        check(*make(order=order, dtype=dtype, device=cuda, **{"B": MANY} | sizes))
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("order", ORDERS)
@@ -188,12 +229,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("tau", [0.02, 1e5])
     def test_strong_and_weak_gates_on_a_gpu(cuda, tau, order):
-        token, state = make(tau=tau, M=16, K=64, V=64, order=order, device=cuda)
+        token, state = make(B=MANY, tau=tau, M=16, K=64, V=64, order=order, device=cuda)
         token[3][:, :, 3] = -torch.inf
         check(token, state)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("B", [1, 200])
+    @pytest.mark.parametrize("B", [1, 8, 200])
     def test_bfloat16_states_on_a_gpu(cuda, B):
         for order in ORDERS:
             token, state = make(**MODEL_7B, B=B, order=order, dtype=torch.bfloat16, device=cuda)
@@ -273,7 +314,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_counters_on_a_gpu(cuda, monkeypatch, counters, order):
         size = arrivals.STORE if counters else 0
         store = arrivals.Store(torch.full((size,), counters, dtype=torch.int32, device=cuda))
-        token, state = make(**MODEL_1B, order=order, device=cuda)
+        token, state = make(**MODEL_1B, B=8, order=order, device=cuda)
         o, new = triton_step(*token, state, 0.7)
         monkeypatch.setattr(arrivals, "_stores", {cuda: store})
         for _ in range(3):

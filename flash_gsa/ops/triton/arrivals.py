@@ -29,7 +29,7 @@ from torch import Tensor
 
 # The largest P; a power of two, so that counters stay multiples of it when they wrap.
 PER_MEETING = 64
-STORE = 1 << 18  # counters a device (1 MiB)
+STORE = 1 << 20  # counters a device (4 MiB): graphs of 24 layers with 128 groups each, 341 of them
 A_STREAM = 1024  # counters a stream
 
 

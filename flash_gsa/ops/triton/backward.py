@@ -209,25 +209,30 @@ def states_backward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def inputs_backward(
-    q, k, v, g, s, until, shrunk, kept, level, levels, do, p, dl, read_p, read_dl, passed, hk, dhk, dhv, dq, dk, dv, ds,
-    dg, onward_sums, later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences, key_scale, value_scale,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    y, x, h, dh, read, weights, passed, g, s, until, shrunk, kept, level, levels, dy, dx, dwrite, ds, dg, onward_sums,
+    later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences, factor,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [·, HQ, K], dk [·, H, K], dv [·, H, V], where s is given ds [·, H, M], and dg [·, H, M], which holds what
-    `values_backward` calls reached, of one block and kv head.
+    """One pass, (x, y) = (k, q) or (v, do), of one block and kv head. With near_tj what token t reads of j, read_t what
+    it reads of the state before the chunk and kept_j what the state behind it has of j:
 
-    Every slice of q, k, v, do is read once: until a second time, other programs read more than the L2 cache holds.
-    What a block's gates owe to the other block of the chunk is two sums over that block's tokens, onward_sums and
-    later_sums [chunks, C/BT, H, M]: see `across_blocks`. LINEAR: p is q, and the second pass alone is done.
+    dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh;  QUERIES: dy_t = factor · (Σ_{j≤t} near_tj x_j + read_t h)
+
+    t up to the chunk's end and j from its start, dx [·, H, D], dy [·, HQ, D]. The pass's share of ds [·, H, M] and of dg
+    [·, H, M], which holds what `values_backward` calls reached for the FIRST pass and what that made of it for the
+    other; between them dwrite has that of ds, where s is given. What a block's gates owe to the other block of the chunk
+    is two sums over that block's tokens, onward_sums and later_sums [chunks, C/BT, H, M]: see `across_blocks`.
+
+    Every slice of x and y is read once: until a second time, other programs read more than the L2 cache holds.
     Grid: (chunks·C/BT·H,), the blocks of a chunk next to each other, so that what both read comes from L2.
     """
     BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
-    h, place = program % H, program // H % BLOCKS
-    chunk = time_order(program // (H * BLOCKS), T, sequences, C, PACKED, False)
+    head, place = program % H, program // H % BLOCKS
+    chunk = time_order(program // (H * BLOCKS), T, sequences, C, PACKED, not FIRST)
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
@@ -236,64 +241,115 @@ def inputs_backward(
     if token >= end:
         return
     left = tl.minimum(end - token, C - before).to(tl.int32)
-    row, row_q = token * H + h, token * (H * R) + h * R
-    state = (chunk * H + h).to(tl.int64) * M
-    gates = row * M
-    block = (chunk * BLOCKS + place) * H + h
+    after = left - BT
+    row, row_q = token * H + head, token * (H * R) + head * R
+    state = (chunk * H + head).to(tl.int64) * M
+    block = (chunk * BLOCKS + place) * H + head
     found = load_levels(levels, block, SLICES)
+    gates = row * M
+    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
+    y, x, dx, dh = y + row_q * D, x + row * D, dx + row * D, dh + state * D
+    read, weights = read + row_q * M, weights + row_q * M
 
+    writing = load_rows(kept, left, 0, BT, H * M, M, BM)
+    if C > BT:
+        gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
+        writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
+    writing = writing.to(DOT)
     written = tl.zeros([BT, BM], tl.float32)
     carried = tl.zeros([BT, BM], tl.float32)
-    if not LINEAR:
-        written, carried = _half(
-            written, carried, q + row_q * K, k + row * K, hk + state * K, dhk + state * K, dq + row_q * K, dk + row * K,
-            read_dl + row_q * M, dl + row_q * M, key_scale, g + gates, s + gates, until + gates, shrunk + gates,
-            kept + gates, level + gates, found, left, before,
-            K, H, R, M, C, BT, BD, BM, RANGE, HAS_S, True, DOT, PRECISION,
+    scores = tl.zeros([BT, BT], tl.float32)
+    scores_after = tl.zeros([BT, BT], tl.float32)
+    if R == 1:
+        near, near_after, near_before, of_state = _weights(
+            read, weights, g, s, until, shrunk, kept, level, found, left, before,
+            H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
         )  # fmt: skip
-    written, carried = _half(
-        written, carried, do + row_q * V, v + row * V, dhv, dhv + state * V, dv, dv + row * V,
-        read_p + row_q * M, p + row_q * M, value_scale, g + gates, s + gates, until + gates, shrunk + gates,
-        kept + gates, level + gates, found, left, before,
-        V, H, R, M, C, BT, BD, BM, RANGE, HAS_S, False, DOT, PRECISION,
-    )  # fmt: skip
+    for d in range(0, D, BD):
+        xd = load_rows(x, left, d, BT, H * D, D, BD)
+        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
+        carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
+        out = tl.zeros([BT, BD], tl.float32)
+        for r in tl.static_range(R):
+            if R > 1:
+                near, near_after, near_before, of_state = _weights(
+                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, found, left, before,
+                    H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
+                )  # fmt: skip
+                scores = tl.zeros([BT, BT], tl.float32)
+                scores_after = tl.zeros([BT, BT], tl.float32)
+            yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
+            scores = tl.dot(yd, tl.trans(xd), scores, input_precision=PRECISION)
+            if QUERIES:
+                hd = load_rows(h + state * D, M, d, BM, D, D, BD).to(DOT)
+                grad = tl.dot(of_state, hd, input_precision=PRECISION)
+                grad = tl.dot(near, xd.to(DOT), grad, input_precision=PRECISION)
+                if C > BT:
+                    wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
+                    grad = tl.dot(near_before, wd.to(DOT), grad, input_precision=PRECISION)
+                store_rows(dy + (row_q + r) * D, grad * factor, left, d, BT, H * R * D, D, BD)
+            out = tl.dot(tl.trans(near), yd.to(DOT), out, input_precision=PRECISION)
+            if C > BT:
+                zd = load_rows(y + (r + BT * H * R) * D, after, d, BT, H * R * D, D, BD)
+                scores_after = tl.dot(zd, tl.trans(xd), scores_after, input_precision=PRECISION)
+                out = tl.dot(near_after, zd.to(DOT), out, input_precision=PRECISION)
+            if R > 1:
+                written += _written(
+                    scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level, found, left,
+                    H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+                )  # fmt: skip
+        out = tl.dot(writing, dhd, out * factor, input_precision=PRECISION)
+        store_rows(dx, out, left, d, BT, H * D, D, BD)
+    if R == 1:
+        written = _written(
+            scores * factor, scores_after * factor, read, weights, until, level, found, left,
+            H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+        )  # fmt: skip
 
     om = tl.arange(0, BM)
-    own = load_sum(until + gates, tl.minimum(left, BT) - 1, True, H, M, BM)
-    rest = own[None, :] - load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
-    through = own
+    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
     if C > BT:
-        after = load_sum(until + gates, left - 1, left > BT, H, M, BM)
-        rest += after[None, :]
-        through += after + load_sum(until + gates, -1, place > 0, H, M, BM)
-    through = tl.exp(through)
-    product = tl.zeros([BM], tl.float32)
-    for i in range(PARTS):
-        product += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
-    carried *= tl.exp(rest)
-    write = load_write(g + gates, s + gates, left, BT, H, M, BM, HAS_S)
+        through += load_sum(until, left - 1, after > 0, H, M, BM)
+    carried *= tl.exp(through[None, :] - load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    write = load_write(g, s, left, BT, H, M, BM, HAS_S)
     later = write * carried
-    onward = load_rows(dg + gates, left, 0, BT, H * M, M, BM) - write * written
+    onward = -write * written
+    total = sums_over_tokens(later, BT, False, DOT) - later
+    known = load_rows(dg + gates, left, 0, BT, H * M, M, BM)
+    if FIRST:
+        onward += known
+        if C > BT:
+            through += load_sum(until, -1, place > 0, H, M, BM)
+        product = tl.zeros([BM], tl.float32)
+        for i in range(PARTS):
+            product += tl.load(passed + ((chunk * H + head).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+        total += (product * tl.exp(through))[None, :]
+    else:
+        total += known
+    total += sums_over_tokens(onward, BT, True, DOT)
     if C > BT:
         at = block.to(tl.int64) * M + om
         tl.store(later_sums + at, tl.sum(later, axis=0), mask=om < M)
         tl.store(onward_sums + at, tl.sum(onward, axis=0), mask=om < M)
-    total = sums_over_tokens(later, BT, False, DOT) - later + (product * through)[None, :]
-    total += sums_over_tokens(onward, BT, True, DOT)
+    written += carried
     if HAS_S:
-        store_rows(ds + gates, carried + written, left, 0, BT, H * M, M, BM)
+        if not FIRST:
+            written += load_rows(dwrite + gates, left, 0, BT, H * M, M, BM)
+        store_rows(ds + gates, written, left, 0, BT, H * M, M, BM)
     else:
-        total -= tl.exp(load_rows(g + gates, left, 0, BT, H * M, M, BM).to(tl.float32)) * (carried + written)
+        total -= tl.exp(load_rows(g, left, 0, BT, H * M, M, BM).to(tl.float32)) * written
     store_rows(dg + gates, total, left, 0, BT, H * M, M, BM)
 
 
-@triton.jit(do_not_specialize=["T", "sequences"])
+@triton.jit(do_not_specialize=["T", "sequences", "passes_apart"])
 def across_blocks(
-    dg, onward_sums, later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
+    dg, onward_sums, later_sums, passes_apart, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
+    PASSES: tl.constexpr,
 ):  # fmt: skip
     """Completes dg [·, H, M] of chunks of two blocks: gates of the first act on all that the second's tokens read, those
-    of the second on all that the first's left in the state. Grid: (chunks·2·H,)."""
+    of the second on all that the first's left in the state. The sums are those of PASSES passes after each other.
+    Grid: (chunks·2·H,)."""
     BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
     h, place, chunk = program % H, program // H % BLOCKS, program // (H * BLOCKS)
@@ -310,82 +366,12 @@ def across_blocks(
     sums = onward_sums
     if place > 0:
         sums = later_sums
-    owed = tl.load(sums + other, mask=om < M, other=0.0)
+    owed = tl.zeros([BM], tl.float32)
+    for i in tl.static_range(PASSES):
+        owed += tl.load(sums + other + i * passes_apart, mask=om < M, other=0.0)
     gates = dg + (token * H + h) * M
     total = load_rows(gates, left, 0, BT, H * M, M, BM) + owed[None, :]
     store_rows(gates, total, left, 0, BT, H * M, M, BM)
-
-
-@triton.jit
-def _half(
-    written, carried, y, x, h, dh, dy, dx, read, weights, factor, g, s, until, shrunk, kept, level, levels, left, before,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One pass, (x, y) = (k, q) or (v, do), of one block. With near_tj what token t reads of j, read_t what it reads of
-    the state before the chunk and kept_j what the state behind it has of j:
-
-    dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh;  QUERIES: dy_t = factor · (Σ_{j≤t} near_tj x_j + read_t h);
-    written_j + factor · Σ_{t≥j} (y_t·x_j) weights_tj;  carried_j + x_j dhᵀ, still without kept's factor.
-
-    t up to the chunk's end and j from its start: also in the block after or before, of `left` - BT and `before` tokens.
-    """
-    after = left - BT
-    writing = load_rows(kept, left, 0, BT, H * M, M, BM)
-    if C > BT:
-        gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
-        writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
-    writing = writing.to(DOT)
-    scores = tl.zeros([BT, BT], tl.float32)
-    scores_after = tl.zeros([BT, BT], tl.float32)
-    if R == 1:
-        near, near_after, near_before, of_state = _weights(
-            read, weights, g, s, until, shrunk, kept, level, levels, left, before,
-            H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
-        )  # fmt: skip
-    for d in range(0, D, BD):
-        xd = load_rows(x, left, d, BT, H * D, D, BD)
-        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
-        carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
-        out = tl.zeros([BT, BD], tl.float32)
-        for r in tl.static_range(R):
-            yr = y + r * D
-            if R > 1:
-                near, near_after, near_before, of_state = _weights(
-                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, levels, left, before,
-                    H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
-                )  # fmt: skip
-                scores = tl.zeros([BT, BT], tl.float32)
-                scores_after = tl.zeros([BT, BT], tl.float32)
-            yd = load_rows(yr, left, d, BT, H * R * D, D, BD)
-            scores = tl.dot(yd, tl.trans(xd), scores, input_precision=PRECISION)
-            if QUERIES:
-                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
-                grad = tl.dot(of_state, hd, input_precision=PRECISION)
-                grad = tl.dot(near, xd.to(DOT), grad, input_precision=PRECISION)
-                if C > BT:
-                    wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
-                    grad = tl.dot(near_before, wd.to(DOT), grad, input_precision=PRECISION)
-                store_rows(dy + r * D, grad * factor, left, d, BT, H * R * D, D, BD)
-            out = tl.dot(tl.trans(near), yd.to(DOT), out, input_precision=PRECISION)
-            if C > BT:
-                zd = load_rows(yr + BT * H * R * D, after, d, BT, H * R * D, D, BD)
-                scores_after = tl.dot(zd, tl.trans(xd), scores_after, input_precision=PRECISION)
-                out = tl.dot(near_after, zd.to(DOT), out, input_precision=PRECISION)
-            if R > 1:
-                written += _written(
-                    scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level, levels, left,
-                    H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
-                )  # fmt: skip
-        out = tl.dot(writing, dhd, out * factor, input_precision=PRECISION)
-        store_rows(dx, out, left, d, BT, H * D, D, BD)
-    if R == 1:
-        written += _written(
-            scores * factor, scores_after * factor, read, weights, until, level, levels, left,
-            H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
-        )  # fmt: skip
-    return written, carried
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
     dg = torch.empty_like(g, dtype=torch.float32)
-    ds = None if s is None else torch.empty_like(s)
+    dwrite, ds = (None, None) if s is None else (torch.empty_like(dg), torch.empty_like(s))
     initial = plan.boundary_states(q) if hk0 is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
@@ -72,21 +72,25 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
             (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R,
         )  # fmt: skip
-        _inputs_backward(
-            plan, parts, (scale, 1.0),
-            q, k, v, g, strength, *gates, do, p, dl, read_p, read_dl, passed, hk, dhk, dhv, dq, dk, dv, ds, dg,
-        )  # fmt: skip
+        both = (passed, g, strength, *gates)
+        of_keys = (q, k, hk, dhk, read_dl, dl, *both, dq, dk, None, dwrite, dg)
+        of_values = (do, v, hv, dhv, read_p, p, *both, None, dv, dwrite, ds, dg)
+        _inputs_backward(plan, parts, (of_keys, of_values), (scale, 1.0))
     return dq, dk, dv, dg.to(g.dtype), ds, *initial
 
 
-def _inputs_backward(plan: Plan, parts: int, scales: tuple[float, float], *arguments) -> None:
-    """The end of a backward; dg, the last argument, is completed."""
-    dg = arguments[-1]
-    sums = dg.new_empty(2, plan.chunks.count, plan.blocks, plan.H, plan.M).unbind()
+def _inputs_backward(plan: Plan, parts: int, passes: tuple[tuple, ...], scales: tuple[float, ...]) -> None:
+    """The end of a backward: one launch for each pass, of which the last argument, dg, is completed together."""
+    dg = passes[0][-1]
+    sums = dg.new_empty(2, len(passes), plan.chunks.count, plan.blocks, plan.H, plan.M)
     tile, programs = plan.tiles.inputs_backward, plan.blocks * plan.H
-    plan.launch(backward.inputs_backward, tile, programs, (*arguments, *sums), scales, PARTS=parts)
+    for i, (arguments, scale) in enumerate(zip(passes, scales, strict=True)):
+        plan.launch(
+            backward.inputs_backward, tile, programs, (*arguments, sums[0, i], sums[1, i]), (scale,),
+            D=arguments[1].shape[3], PARTS=parts, QUERIES=i < len(passes) - 1, FIRST=i == 0,
+        )  # fmt: skip
     if plan.blocks > 1:
-        plan.complete(backward.across_blocks, dg, *sums)
+        plan.complete(backward.across_blocks, dg, sums[0], sums[1], sums.stride(1), PASSES=len(passes))
 
 
 def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
@@ -133,8 +137,6 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
             (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R,
         )  # fmt: skip
-        _inputs_backward(
-            plan, parts, (scale, scale),
-            do, v, v, g, k, *gates, do, q, None, read, None, passed, h, dh, dh, None, dv, dv, dk, dg,
-        )  # fmt: skip
+        only = (do, v, h, dh, read, q, passed, g, k, *gates, None, dv, None, dk, dg)
+        _inputs_backward(plan, parts, (only,), (scale,))
     return dq, dk, dv, dg.to(g.dtype), dh0

@@ -23,6 +23,11 @@ def cdiv(a, b):
     return -(-a // b)
 
 
+@functools.cache
+def _parameters(kernel) -> frozenset[str]:
+    return frozenset(kernel.arg_names)
+
+
 def padded(M: int) -> int:
     """Slots as tiles hold them: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(M))
@@ -86,8 +91,7 @@ class Plan:
         # Slots that one program prepares.
         self.slice = min(64, padded(self.M))
         self.slot_slices = padded(self.M) // self.slice
-        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices}
-        self.linear = {"LINEAR": linear}
+        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices, "LINEAR": linear}
 
     @functools.cached_property
     def segments(self) -> Parts:
@@ -148,12 +152,13 @@ class Plan:
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
         constants = self.sizes | self.near | {"BS": self.slice}
+        del constants["LINEAR"]
         launching.launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), constants, warps=4)
 
-    def complete(self, kernel, *arguments) -> None:
+    def complete(self, kernel, *arguments, **constants) -> None:
         """Launch a kernel over blocks and heads that only touches gates."""
         programs = self.chunks.count * self.blocks * self.H
-        constants = self.sizes | {"BM": self.widths["BM"]}
+        constants |= self.sizes | {"BM": self.widths["BM"]}
         launching.launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps=4)
 
     def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
@@ -172,7 +177,9 @@ class Plan:
         launching.launch(kernel, programs, (*arguments, *local, *table), constants, tile.warps, tile.stages)
 
     def launch(self, kernel, tile, programs: int, arguments, scales, **constants) -> None:
-        """Launch a kernel over chunks, `programs` of them for each."""
-        constants |= self.sizes | self.widths | self.near | self.linear | {"R": self.R, "BD": tile.BD}
+        """Launch a kernel over chunks, `programs` of them for each; constants it has no use for are left out."""
+        constants |= self.sizes | self.widths | self.near | {"R": self.R, "BD": tile.BD}
+        takes = _parameters(kernel)
+        constants = {name: value for name, value in constants.items() if name in takes}
         arguments = (*arguments, *self.tables[0], *scales)
         launching.launch(kernel, self.chunks.count * programs, arguments, constants, tile.warps, tile.stages)

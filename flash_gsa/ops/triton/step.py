@@ -1,7 +1,7 @@
 """One token of the recurrence in one launch: each number of the state is read once and written once.
 
-Where both states lie by slots, as prefill leaves them, `step_slots` does it in one pass. This kernel takes any order,
-and any number of query heads, in two:
+Where both states lie by slots, as prefill leaves them, and heads are enough to fill the chip, `step_slots` does it in
+one pass. This kernel takes any order, any number of query heads, and few heads faster, in two:
 
 A key/value head of a sequence is a group of P programs. Each holds a slice of K̃ (some of K's rows) and of Ṽ (some of
 V's columns):
@@ -28,7 +28,7 @@ from .chunks import one_minus_exp
 from .step_slots import step_slots
 
 MOST_AT_ONCE = 8
-"""Query heads a key/value head that `step_slots` reads for at once."""
+"""Query heads of a group that read a tile together; `step_slots` takes no more."""
 
 
 @triton.jit
@@ -200,14 +200,29 @@ def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Spli
     return Split(programs, tile, warps=4, stages=4 if programs == 1 else 3)
 
 
-def choose_by_slots(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Split:
-    """The same for `step_slots`, where no program waits for another: four a multiprocessor, of two slots or more."""
+def choose_by_slots(groups: int, M: int, R: int, itemsize: int, processors: int) -> Split:
+    """The same for `step_slots`, where no program waits for another; a number of the state has `itemsize` bytes.
+
+    Times are µs a layer on one H100 (132 multiprocessors), B sequences with 64 slots: 1.3B has 4 heads of 512, 7B 32
+    query and 8 key/value heads of 128.
+    """
+    # One query head: of a tile a thread loads 32 bytes. 1.3B: float32, B 32, 26.9 against 28.9 with twice that;
+    # bfloat16, B 8, 6.7 against 8.4 with half of it.
+    # Several: one warp adds up their outputs alone; two meet for it in every sum. 7B float32, B 64: 28.4 and 30.7.
+    tile, each = (1024, 32 // itemsize) if R == 1 else (512, 16 if R <= 4 else 8)
+    warps = tile // (32 * each)
     programs = 1
-    while programs * groups < 2 * processors and 4 * programs <= M and 2 * programs <= PER_MEETING:
-        programs *= 2
-    # A thread holds as many numbers of both tiles, and of R outputs of a row: what leaves room for four programs.
-    tile = 2048 if R == 1 else 1024 if R <= 4 else 512
-    return Split(programs, tile if K % 16 == V % 16 == 0 else min(tile, 1024), warps=4, stages=4)
+    # From three warps a multiprocessor a split costs more than it brings: 1.3B bfloat16, B 64, one program 27.9, two
+    # 28.4. Below that it pays up to eight: B 32, one 17.4, two 15.7, four 15.0. Eight slots at least: B 8, programs of
+    # eight 6.7, of four 7.0.
+    if groups * warps < 3 * processors:
+        while programs * groups * warps < 6 * processors and 2 * programs <= min(M // 8, PER_MEETING):
+            programs *= 2
+    # 7B bfloat16, B 64: one program of two warps 18.8, two such 27.6; one warp was not measured.
+    if programs == 1 and R > 1 and itemsize == 2:
+        tile, warps = 2 * tile, 2 * warps
+    # 1.3B float32, B 32: six stages 26.9, four 28.1. 7B bfloat16, B 64: six 19.8, four 18.8.
+    return Split(programs, tile, warps, stages=6 if R == 1 else 4)
 
 
 def triton_step(
@@ -215,8 +230,9 @@ def triton_step(
 ) -> tuple[Tensor, State]:
     """`gated_slot_attention_step` as one launch; arguments as there, already validated.
 
-    hk may lie in memory as [K, M] or as [M, K]; the new state lies as the given one does. Where a gradient is wanted,
-    the reference computes the step.
+    q [B, HQ, K], k [B, H, K], v [B, H, V], g and s [B, H, M], hk [B, H, K, M], hv [B, H, M, V] → o [B, HQ, V] and the
+    new state. hk may lie in memory as [K, M] or as [M, K]; the new state lies as the given one does. Where a gradient
+    is wanted, the reference computes the step.
     """
     hk, hv = state
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv))
@@ -278,7 +294,10 @@ def launch(
     scale: float,
     split: Split | None = None,
 ) -> Tensor:
-    """o; the state after the token is written to `new`, which has the strides of `state` or is it."""
+    """o; the state after the token is written to `new`, which has the strides of `state` or is it.
+
+    A given `split` is for `step_slots` wherever that can take the state, else for `step`.
+    """
     B, HQ, K = q.shape
     H, V, M = k.shape[1], v.shape[2], g.shape[2]
     R, groups = HQ // H, B * H
@@ -286,7 +305,15 @@ def launch(
     if groups == 0:
         return o
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
-    split = split or (choose_by_slots if by_slots else choose)(groups, K, V, M, R, _processors(q.device))
+    if split is None:
+        processors = _processors(q.device)
+        # Few groups end sooner in `step`. H100, float32: 4 (1.3B, B 1) 4.4 µs against 5.1, 8 (7B, B 1) 5.5 against 6.3;
+        # but 32 (1.3B, B 8) 10.3 against 9.3. Between them nothing was measured.
+        by_slots = by_slots and 16 * groups > processors
+        if by_slots:
+            split = choose_by_slots(groups, M, R, state[0].element_size(), processors)
+        else:
+            split = choose(groups, K, V, M, R, processors)
     P = split.programs
     BK, BV, BM, BR = (triton.next_power_of_2(x) for x in (K, V, M, R))
     q, k, v, g = (_rows(x) for x in (q, k, v, g))
@@ -298,13 +325,14 @@ def launch(
         places = (q, k, v, g, s, *state, *new, o, parts, arrived)
         strides = [0 if x is None else x.stride(0) for x in (q, k, v, g, s)]
         sizes = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING}
-        options = {"STAGES": split.stages, "HAS_S": s is not None, "num_warps": split.warps}
+        options = {"HAS_S": s is not None, "num_warps": split.warps}
         (hk_b, hk_h, hk_k, hk_m), (hv_b, hv_h, hv_m, hv_v) = (x.stride() for x in state)
         if by_slots:
             BM, TILES = _cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
             step_slots[(groups * P,)](
                 *places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES, AT_ONCE=max(1, min(P, 1024 * split.warps // BV)), **options,
+                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES, AT_ONCE=max(1, min(P, 1024 * split.warps // BV)),
+                STAGES=min(split.stages, TILES + 1), **options,
             )  # fmt: skip
         else:
             BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
@@ -314,8 +342,8 @@ def launch(
             AT_ONCE = 1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM))
             step[(groups * P,)](
                 *places, *strides, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, 8), K_TILES=K_TILES, V_TILES=V_TILES, AT_ONCE=AT_ONCE,
-                **options,
+                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, MOST_AT_ONCE), K_TILES=K_TILES, V_TILES=V_TILES,
+                AT_ONCE=AT_ONCE, STAGES=split.stages, **options,
             )  # fmt: skip
     return o
 

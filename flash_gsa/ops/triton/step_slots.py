@@ -5,8 +5,8 @@ is known but for the softmax's sum, as in attention over a cache of M keys and v
 
     K̃ₘ = αₘ K̃ₘ + sₘ k     Ṽₘ = αₘ Ṽₘ + sₘ v     ℓₘ = scale · K̃ₘ·q     o = Σₘ exp(ℓₘ - top) Ṽₘ / Σₘ exp(ℓₘ - top)
 
-so that one loop reads and writes the state without a stop, `top` being the largest ℓ so far. The slots of a key/value
-head are divided among P programs; each leaves its top, its sum and its o, and whichever is the last to do so
+so that one loop reads and writes the state without a stop, `top` being the largest ℓ so far; α = e^g. The slots of a
+key/value head are divided among P programs; each leaves its top, its sum and its o, and whichever is the last to do so
 (`arrivals.is_last`) adds them up in their order: nobody waits, and every run has the same bits.
 """
 
@@ -25,9 +25,11 @@ def step_slots(
     BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, AT_ONCE: tl.constexpr,
     STAGES: tl.constexpr, HAS_S: tl.constexpr,
 ):  # fmt: skip
-    """TILES · BM slots of one group; grid (B·H·P). x_b, x_h, … are strides.
+    """TILES · BM slots of one group; grid (B·H·P,). x_b, x_h, … are strides.
 
-    parts: float32, R·(BV + 2) a program: its o, then (all programs' o before) its top and its sum.
+    q [B, H·R, K], k [B, H, K], v [B, H, V], g [B, H, M], s the same or None (1 - α), hk [B, H, M, K], hv [B, H, M, V] →
+    o [B, H·R, V], new_hk, new_hv, which may be hk and hv. Where P > 1, parts: float32, the o [B·H·P, R, BV] of all
+    programs, then their tops and sums [B·H·P, R, 2]; arrived: a counter a group.
     """
     program = tl.program_id(0).to(tl.int64)
     group, part = program // P, (program % P).to(tl.int32)
