@@ -14,7 +14,7 @@ from typing import Any
 from flash_gsa.errors import UsageError, did_you_mean
 from flash_gsa.ops.triton.tiles import KERNELS, Tile, Tiles
 
-from .tune_candidates import Group, Workload, best, groups, row_text, sizes_of, stands_in_table
+from .tune_candidates import Cut, Group, Workload, best, groups, row_text, sizes_of, stands_in_table
 from .tune_kernels import NO_TIME, Machine
 
 Result = dict[str, Any]
@@ -60,10 +60,10 @@ class Options:
 
 @dataclass
 class Candidate:
-    """One tile of one kernel at one C on one workload: what became of it."""
+    """One tile of one kernel at one cut, (C, BT), on one workload: what became of it."""
 
     workload: Workload
-    C: int
+    cut: Cut
     kernel: str
     tile: Tile
     record: Result
@@ -74,8 +74,8 @@ class Candidate:
         return self.record["problem"] is None
 
     def among(self, tiles: Tiles) -> Tiles:
-        """`tiles` with its own tile and C in place of theirs."""
-        mine: dict[str, Any] = {"C": self.C, self.kernel: self.tile}
+        """`tiles` with its own tile and cut in place of theirs."""
+        mine: dict[str, Any] = _sizes_of_cut(self.cut) | {self.kernel: self.tile}
         return replace(tiles, **mine)
 
 
@@ -132,22 +132,22 @@ class _Search:
     def run(self, end: float) -> Result:
         """Compile, time each kernel, time the best of them together; what there is when `end` comes decides."""
         labels = ", ".join(workload.label for workload in self.group.workloads)
-        self.say(f"\n{labels}: C {', '.join(map(str, self.chunks))}")
+        self.say(f"\n{labels}: C {', '.join(map(_cut_text, self.chunks))}")
         self._compile(_share(end, 0.5))
         for turn in range(ROUNDS):
             self._time(turn, _share(end, 0.45))
         for workload in self.group.workloads:
-            for C in self.chunks:
-                self._tell(workload, C)
+            for cut in self.chunks:
+                self._tell(workload, cut)
         whole = self._time_whole(self._contenders(), end)
         return self._decision(whole)
 
     def _compile(self, until: float) -> None:
         """Candidates of all kernels and C by turns, so that when time runs out the likeliest of each are there."""
         ranked: list[tuple[int, Candidate]] = []
-        for turn, C in enumerate(self.chunks, 1):
+        for turn, cut in enumerate(self.chunks, 1):
             for kernel in self.group.kernels:
-                tiles, left_out = self.group.candidates(kernel, C, self.here["shared_bytes"])
+                tiles, left_out = self.group.candidates(kernel, cut, self.here["shared_bytes"])
                 if kernel in self.kernels:
                     self.left_out += left_out
                 else:  # launched all the same, since every call launches all
@@ -156,7 +156,7 @@ class _Search:
                     for workload in self.group.workloads:
                         if kernel in workload.kernels:
                             # Of another C only the likelier tiles, while time is short.
-                            ranked.append((rank * turn, Candidate(workload, C, kernel, tile, {}, [])))
+                            ranked.append((rank * turn, Candidate(workload, cut, kernel, tile, {}, [])))
         self.candidates = [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
         start = time.monotonic()
         before = self.group.before.tiles
@@ -172,27 +172,27 @@ class _Search:
             f"{time.monotonic() - start:.0f} s"
         )
 
-    def _base(self, workload: Workload, C: int) -> Tiles | None:
+    def _base(self, workload: Workload, cut: Cut) -> Tiles | None:
         """Of each kernel the first candidate that runs: what stands beside a candidate of another kernel."""
-        chosen: dict[str, Any] = {"C": C}
+        chosen: dict[str, Any] = _sizes_of_cut(cut)
         for kernel in workload.kernels:
-            chosen[kernel] = next((c.tile for c in self._of(workload, C, kernel) if c.runs), None)
+            chosen[kernel] = next((c.tile for c in self._of(workload, cut, kernel) if c.runs), None)
         return None if None in chosen.values() else replace(self.group.before.tiles, **chosen)
 
-    def _of(self, workload: Workload, C: int, kernel: str) -> list[Candidate]:
-        return [c for c in self.candidates if (c.workload, c.C, c.kernel) == (workload, C, kernel)]
+    def _of(self, workload: Workload, cut: Cut, kernel: str) -> list[Candidate]:
+        return [c for c in self.candidates if (c.workload, c.cut, c.kernel) == (workload, cut, kernel)]
 
     def _time(self, turn: int, until: float) -> None:
         """One round over all candidates; after the first, the fastest come first."""
         order = [c for c in self.candidates if c.runs and c.kernel in self.kernels and len(c.seconds) == turn]
         if turn:
             order.sort(key=self._lag)
-        bases = {(w, C): self._base(w, C) for w in self.group.workloads for C in self.chunks}
+        bases = {(w, cut): self._base(w, cut) for w in self.group.workloads for cut in self.chunks}
         for candidate in order:
-            base = bases[candidate.workload, candidate.C]
+            base = bases[candidate.workload, candidate.cut]
             reference = next((b for (w, _), b in bases.items() if w == candidate.workload and b), None)
             if base is None or reference is None:
-                candidate.record |= {"problem": f"another kernel has no tile that runs with C {candidate.C}"}
+                candidate.record |= {"problem": f"another kernel has no tile that runs with C {_cut_text(candidate.cut)}"}
                 continue
             task = (candidate.workload, candidate.among(base), candidate.kernel, reference)
             record = self.machine.time_kernel(*task, until=until)
@@ -207,19 +207,19 @@ class _Search:
         """How many times longer than the fastest of its kind it took in the first round; 0 for a tile of the row."""
         if candidate.tile == getattr(self.group.before.tiles, candidate.kernel):
             return 0.0
-        kind = self._of(candidate.workload, candidate.C, candidate.kernel)
+        kind = self._of(candidate.workload, candidate.cut, candidate.kernel)
         return candidate.seconds[0] / min(c.seconds[0] for c in kind if c.seconds)
 
     def _contenders(self) -> list[Tiles]:
         """The tiles there are, then of every C the fastest of each kernel."""
         before = self.group.before.tiles
         found = [before]
-        for C in self.chunks:
-            chosen: dict[str, Any] = {"C": C}
+        for cut in self.chunks:
+            chosen: dict[str, Any] = _sizes_of_cut(cut)
             for kernel in self.kernels:
                 measured: dict[Tile, dict[str, Sequence[float]]] = {}
                 for c in self.candidates:
-                    if (c.C, c.kernel) == (C, kernel) and c.runs:
+                    if (c.cut, c.kernel) == (cut, kernel) and c.runs:
                         measured.setdefault(c.tile, {})[c.workload.name] = c.seconds
                 chosen[kernel] = best(measured, getattr(before, kernel))
             if None not in chosen.values():
@@ -265,7 +265,7 @@ class _Search:
                 for workload in self.group.workloads
             ],
             "candidates": [
-                {"workload": c.workload.name, "C": c.C, "kernel": c.kernel, "tile": sizes_of(c.tile)}
+                {"workload": c.workload.name, **_sizes_of_cut(c.cut), "kernel": c.kernel, "tile": sizes_of(c.tile)}
                 | c.record
                 | {"seconds": c.seconds}
                 for c in self.candidates
@@ -286,13 +286,14 @@ class _Search:
                 parts.append(f"{workload.name} {1e6 * sum(new) / len(new):.0f} µs{instead}")
         return f"forward and backward on {self.here['about']['device']}: {'; '.join(parts)}"
 
-    def _tell(self, workload: Workload, C: int) -> None:
+    def _tell(self, workload: Workload, cut: Cut) -> None:
         for kernel in self.kernels:
-            found = self._of(workload, C, kernel)
+            found = self._of(workload, cut, kernel)
             timed = sorted((c for c in found if c.seconds and c.runs), key=lambda c: min(c.seconds))
-            mine = getattr(self.group.before.tiles, kernel) if self.group.before.tiles.C == C else None
+            before = self.group.before.tiles
+            mine = getattr(before, kernel) if (before.C, before.BT) == cut else None
             if found:
-                self.say(f"  {workload.name}, C {C}, {kernel}")
+                self.say(f"  {workload.name}, C {_cut_text(cut)}, {kernel}")
             for c in timed[:SHOWN] + [c for c in timed[SHOWN:] if c.tile == mine]:
                 self.say(f"    {_line(c)}{'   the row there is' if c.tile == mine else ''}")
             failed: dict[str, list[str]] = {}
@@ -301,6 +302,15 @@ class _Search:
                     failed.setdefault(c.record["problem"], []).append(str(sizes_of(c.tile)))
             for problem, tiles in failed.items():
                 self.say(f"    failed: {' '.join(tiles)}: {problem}")
+
+
+def _sizes_of_cut(cut: Cut) -> dict[str, Any]:
+    return dict(zip(("C", "BT"), cut, strict=True))
+
+
+def _cut_text(cut: Cut) -> str:
+    """C, and BT where it is another."""
+    return str(cut[0]) if cut[0] == cut[1] else f"{cut[0]} by {cut[1]}"
 
 
 def _share(end: float, part: float) -> float:
@@ -330,4 +340,4 @@ def _whole_line(record: Result) -> str:
 
 
 def _sizes(tiles: Tiles) -> str:
-    return f"C {tiles.C} {' '.join(str(sizes_of(getattr(tiles, kernel))) for kernel in KERNELS)}"
+    return f"C {_cut_text((tiles.C, tiles.BT))} {' '.join(str(sizes_of(getattr(tiles, kernel))) for kernel in KERNELS)}"

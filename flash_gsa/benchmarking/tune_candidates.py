@@ -26,6 +26,8 @@ from flash_gsa.ops.triton.tiles import (
 from .shapes import SUITES, Shape
 
 Architecture = tuple[int, int]
+Cut = tuple[int, int]
+"""(C, BT) of tiles."""
 Option = TypeVar("Option", bound=Hashable)
 
 
@@ -106,13 +108,14 @@ class Group:
         return tuple(kernel for kernel in KERNELS if any(kernel in w.kernels for w in self.workloads))
 
     @property
-    def chunks(self) -> tuple[int, ...]:
-        """Values of C worth trying: those of both rows, then half and twice of the first."""
-        first = (self.before.tiles.C, self.model.tiles.C)
-        more = (C for C in (64, 32, 128) if max(C, first[0]) <= 2 * min(C, first[0]))
-        return tuple(dict.fromkeys((*first, *more)))
+    def chunks(self) -> tuple[Cut, ...]:
+        """Values of (C, BT) worth trying: those of both rows, then C half and twice of the first with one or two blocks."""
+        first = tuple((row.tiles.C, row.tiles.BT) for row in (self.before, self.model))
+        more = ((C, BT) for C in (64, 128, 32) for BT in (64, 32) if C in (BT, 2 * BT))
+        near = (cut for cut in more if max(cut[0], first[0][0]) <= 2 * min(cut[0], first[0][0]))
+        return tuple(dict.fromkeys((*first, *near)))
 
-    def candidates(self, kernel: str, C: int, limit: int) -> tuple[list[Tile], int]:
+    def candidates(self, kernel: str, cut: Cut, limit: int) -> tuple[list[Tile], int]:
         """Tiles worth trying, the likeliest first, and how many were left out.
 
         Those of both rows, then what is near them. Left out is what takes more than twice `limit` bytes of shared
@@ -121,15 +124,15 @@ class Group:
         rows = list(dict.fromkeys(getattr(row.tiles, kernel) for row in (self.before, self.model)))
         half = self.workloads[0].dtype == BF16
         widths, stages = ((32, 64, 128), (1, 2, 3, 4)) if half else ((16, 32, 64), (1, 2, 3))
-        widest = max(getattr(w.tiles(Tiles(C, *[Tile(512, 4, 1)] * 6)), kernel).BD for w in self.workloads)
+        widest = max(getattr(w.tiles(Tiles(*cut, *[Tile(512, 4, 1)] * len(KERNELS))), kernel).BD for w in self.workloads)
         near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages) if sizes[0] <= widest]
         near.sort(key=lambda tile: min(_distance(tile, row) for row in rows))
         every = list(dict.fromkeys((*rows, *near)))
-        fits = [tile for tile in every if tile in rows or self._shared(kernel, tile, C) <= 2 * limit]
+        fits = [tile for tile in every if tile in rows or self._shared(kernel, tile, *cut) <= 2 * limit]
         return fits, len(every) - len(fits)
 
-    def _shared(self, kernel: str, tile: Tile, C: int) -> int:
-        return max(shared_bytes(kernel, tile, C, w.dtype, w.shape.M, w.group) for w in self.workloads)
+    def _shared(self, kernel: str, tile: Tile, C: int, BT: int) -> int:
+        return max(shared_bytes(kernel, tile, C, BT, w.dtype, w.shape.M, w.group) for w in self.workloads)
 
 
 def _distance(a: Tile, b: Tile) -> float:
@@ -193,7 +196,7 @@ def row_text(architecture: Architecture, model: Row, tiles: Tiles, reason: str) 
     sizes = ", ".join(str(sizes_of(getattr(tiles, kernel))) for kernel in KERNELS)
     return (
         f"    Row({place}, {precision}, {model.slots}, {heads},\n"
-        f"        _tiles({tiles.C}, {sizes}),\n"
+        f"        _tiles({tiles.C}, {tiles.BT}, {sizes}),\n"
         f'        "{reason}"),'
     )
 

@@ -19,8 +19,8 @@ def tune(
     kernel: Annotated[
         list[str] | None,
         typer.Option(
-            help="A kernel to tune: states, outputs, values_backward, queries_backward, states_backward, "
-            "keys_backward; may be given several times. Then C stays as it is.",
+            help="A kernel to tune: states, outputs, values_backward, states_backward, inputs_backward; may be "
+            "given several times. Then C stays as it is.",
             metavar="NAME",
             show_default="all, and C",
         ),
@@ -54,7 +54,7 @@ def tune(
 
     [bold]flash-gsa bench tune --shape 1.3B --shape 7B --budget 100[/bold]
 
-    [bold]flash-gsa bench tune --shape 1.3B --kernel keys_backward[/bold]
+    [bold]flash-gsa bench tune --shape 1.3B --kernel inputs_backward[/bold]
     """
     from flash_gsa.benchmarking.tune import Options, tune
 

@@ -164,6 +164,18 @@ else:
         assert of_chunks == sum(1 << (level - 1) for level in levels if level)
         check(run("triton", x, case), x, case, units=STRONG)
 
+    def test_levels_of_many_slots_do_not_depend_on_what_memory_held():
+        """Slots are prepared by slices of 64; here one slice alone has gates that need levels above 0."""
+        case = Case(T=36, B=1, HQ=1, H=1, K=5, V=4, M=70)
+        x = make(case)
+        x["g"] = x["g"].clamp(min=-0.1)
+        x["g"][:, 5:9, :, 2] = -90.0
+        torch.use_deterministic_algorithms(True)  # new memory is filled: NaN, and the largest integer
+        try:
+            check(run("triton", x, case), x, case, units=STRONG)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     @pytest.mark.parametrize("value", [-1e30, float("-inf")])
     def test_gates_of_any_strength(value):
         case = replace(SMALL, T=20, HQ=1)

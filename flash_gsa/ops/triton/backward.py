@@ -270,7 +270,7 @@ def inputs_backward(
         dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
         carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
         out = tl.zeros([BT, BD], tl.float32)
-        for r in tl.static_range(R):
+        for r in range(R):
             if R > 1:
                 near, near_after, near_before, of_state = _weights(
                     read + r * M, weights + r * M, g, s, until, shrunk, kept, level, found, left, before,
@@ -301,20 +301,32 @@ def inputs_backward(
         out = tl.dot(writing, dhd, out * factor, input_precision=PRECISION)
         store_rows(dx, out, left, d, BT, H * D, D, BD)
     if R == 1:
+        tl.debug_barrier()
         written = _written(
             scores * factor, scores_after * factor, read, weights, until, level, found, left,
             H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
         )  # fmt: skip
 
+    # One tile after the other: the barriers keep the compiler from loading all at once and spilling them.
+    tl.debug_barrier()
     om = tl.arange(0, BM)
+    ot = tl.arange(0, BT)
+    at = block.to(tl.int64) * M + om[None, :] + tl.zeros([BT, 1], tl.int64)
+    slots = (om < M)[None, :]
     through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
     if C > BT:
         through += load_sum(until, left - 1, after > 0, H, M, BM)
     carried *= tl.exp(through[None, :] - load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    tl.debug_barrier()
     write = load_write(g, s, left, BT, H, M, BM, HAS_S)
     later = write * carried
     onward = -write * written
-    total = sums_over_tokens(later, BT, False, DOT) - later
+    written += carried
+    tl.debug_barrier()
+    total = sums_over_tokens(later, BT, False, DOT)
+    if C > BT:
+        tl.store(later_sums + at, total, mask=(ot == BT - 1)[:, None] & slots)
+    total -= later
     known = load_rows(dg + gates, left, 0, BT, H * M, M, BM)
     if FIRST:
         onward += known
@@ -326,12 +338,12 @@ def inputs_backward(
         total += (product * tl.exp(through))[None, :]
     else:
         total += known
-    total += sums_over_tokens(onward, BT, True, DOT)
+    tl.debug_barrier()
+    onward = sums_over_tokens(onward, BT, True, DOT)
     if C > BT:
-        at = block.to(tl.int64) * M + om
-        tl.store(later_sums + at, tl.sum(later, axis=0), mask=om < M)
-        tl.store(onward_sums + at, tl.sum(onward, axis=0), mask=om < M)
-    written += carried
+        tl.store(onward_sums + at, onward, mask=(ot == 0)[:, None] & slots)
+    total += onward
+    tl.debug_barrier()
     if HAS_S:
         if not FIRST:
             written += load_rows(dwrite + gates, left, 0, BT, H * M, M, BM)

@@ -57,7 +57,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dhkT, dhvT):
         q, k, v, g, s, hk0, hv0, cu_seqlens, *shared = ctx.saved_tensors
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
-        return *backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, ctx.scale), *[None] * 4
+        given = (q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, ctx.scale)
+        return *backward_pass(*given, last_use=not _graph_is_kept()), *[None] * 4
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -74,6 +75,11 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, g, h0, cu_seqlens, *shared = ctx.saved_tensors
         do, dhT = _contiguous(do, dhT)
         return *linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, ctx.scale), None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether what was saved may be needed again (retain_graph=True); asked as AOTAutograd does."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple:

@@ -44,8 +44,11 @@ def _states(plan: Plan, q, k, v, kept, until, hk0, hv0, hk, hv, final) -> None:
     )  # fmt: skip
 
 
-def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float):
-    """Gradients of q, k, v, g, s and the initial states. The states in `shared` may be None: computed again."""
+def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float, last_use: bool = False):
+    """Gradients of q, k, v, g, s and the initial states.
+
+    The states in `shared` may be None: computed again. last_use: `shared` may be written over.
+    """
     plan = Plan(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     *gates, p, lse, hk, hv = shared
@@ -58,15 +61,18 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        recompute = hk is None
-        if recompute:
+        if hk is None:
+            last_use = True
             hk, hv = plan.states(q)
             _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
             (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
         )  # fmt: skip
-        dhk, dhv = plan.states(q)
+        # Peak memory: dhk lies where dv will come to lie when it is not needed any more, dhv where hv was.
+        dhk = dv.view(-1)[: hk.numel()].view_as(hk) if hk.dtype == dv.dtype and hk.numel() <= dv.numel() else None
+        dhk = torch.empty_like(hk) if dhk is None else dhk
+        dhv = hv if last_use else torch.empty_like(hv)
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),

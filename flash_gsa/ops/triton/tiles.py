@@ -81,20 +81,21 @@ TABLE = (
     # C, BT, then (BD, warps, stages) of KERNELS in their order:
     # states, outputs, values_backward, states_backward, inputs_backward.
     Row(HOPPER, BF16, 64, GROUPED,
-        _tiles(64, 64, (128, 4, 3), (128, 4, 2), (128, 4, 2), (128, 4, 3), (128, 4, 2)),
-        "C 64 against 128: outputs 373 and 494, values backward 614 and 813, keys backward 394 and 496"),
+        _tiles(64, 64, (64, 4, 3), (64, 4, 3), (64, 4, 3), (64, 4, 3), (128, 8, 2)),
+        "outputs 388, BD 128 394; values backward 391, BD 128 561; states backward 298, BD 128 325"),
     Row(HOPPER, BF16, 64, SINGLE,
-        _tiles(128, 64, (128, 4, 3), (64, 4, 3), (64, 4, 3), (128, 4, 3), (32, 8, 3)),
-        "C 128 against 64: walks 81–115 and 106–142, backward 108–143 and 140–192; rest alike; half the states"),
+        _tiles(128, 64, (128, 4, 3), (64, 4, 3), (64, 4, 3), (128, 4, 3), (32, 4, 4)),
+        "blocks of 64 in chunks of 128 against chunks of 64: walks 82 and 104, backward 108 and 159; outputs 170 and 186, "
+        "values backward 112 and 124. BT 128 with 8 warps: outputs 187, values backward 222"),
     Row(HOPPER, BF16, 128, ANY,
         _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "[C, M] as large as with 64 slots and C 128; not measured against others"),
     Row(HOPPER, BF16, 256, SINGLE,
-        _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (32, 8, 2)),
         "the largest C that fits 227 KiB; not measured against others"),
     Row(HOPPER, BF16, 256, GROUPED,
         _tiles(32, 32, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
-        "with C 64 keys backward takes 304 KiB; not measured against others"),
+        "with C 64 inputs backward takes too much; not measured against others"),
     Row(HOPPER, FP16, 64, ANY,
         _tiles(64, 64, (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
         "what meets gates is float32, twice as large as in bfloat16; not measured against others"),
@@ -171,22 +172,21 @@ def using(tiles: Tiles) -> Iterator[None]:
         _forced = before
 
 
-def shared_bytes(kernel: str, tile: Tile, C: int, precision: torch.dtype, M: int, R: int) -> int:
+def shared_bytes(kernel: str, tile: Tile, C: int, BT: int, precision: torch.dtype, M: int, R: int) -> int:
     """Shared memory that a program of `kernel` takes, at most: an estimate that no tile compiled so far exceeds.
 
-    Pipelined loads: of a walk `stages` times [C, M] weights and a [C, BD] slice of inputs; of the other kernels
-    `stages` times two such slices and one of a state [M, BD], beside [C, C] and [C, M] weights. Where gates are strong,
-    up to four tiles [C, M] and one on its way between layouts are there at once, and in `keys_backward` the loads
-    too if query heads are grouped.
+    Pipelined loads: of a walk `stages` times [BT, M] weights and a [BT, BD] slice of inputs; of the other kernels
+    `stages` times such slices of queries and keys, their neighbours' too in chunks of two blocks, and of states [M, BD],
+    beside a few [BT, M] and [BT, BT] weights. Where gates are strong, several tiles [BT, M] are there at once.
     """
     slots = max(16, 1 << (M - 1).bit_length())
     given = precision.itemsize
     item = 2 if precision == BF16 else 4
     if kernel in ("states", "states_backward"):
-        return tile.stages * C * (slots * item + tile.BD * given) + 2 * slots * tile.BD
-    state = tile.stages * slots * tile.BD * item
-    loads = tile.stages * 2 * C * tile.BD * given + state + (C + slots) * C * item
-    gates = C * slots * (12 + item)
-    if kernel == "keys_backward" and R > 1:
-        gates += C * slots * 2 * item + state
-    return max(loads, gates)
+        return tile.stages * BT * (slots * item + tile.BD * given) + 2 * slots * tile.BD
+    inputs = kernel == "inputs_backward"
+    slices = (2 if C == BT else 4 if inputs else 3) * BT * tile.BD * given
+    states = (2 if inputs else 1) * slots * tile.BD * item
+    weights = (3 if inputs else 1) * BT * slots * item + BT * BT * item
+    gates = BT * slots * (8 + (2 if inputs else 1) * item) + (BT * BT * item if inputs else 0)
+    return max(tile.stages * (slices + states) + weights, gates)
