@@ -75,14 +75,16 @@ def prose_15m(result: dict[str, Any]) -> str:
 
 
 def kernel_steps(result: dict[str, Any]) -> str:
-    names = ["prepare", "states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward"]
+    # In the order of their launches; inputs_backward took the place of queries_backward and keys_backward.
+    every = ["prepare", "states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward"]
+    every += ["inputs_backward", "across_blocks"]
+    names = [name for name in every if any(name in step["kernels"] for step in result["steps"])]
     rows = []
     for step in result["steps"]:
         kernels = step["kernels"]
         times = [f"{kernels[n]['microseconds']:.0f}" if n in kernels else "" for n in names]
-        rows.append(
-            [f"`{step['commit']}`", str(step["C"]), *times, f"{sum(k['microseconds'] for k in kernels.values()):.0f}"]
-        )
+        cut = f"{step['C']} by {step['BT']}" if step.get("BT", step["C"]) != step["C"] else str(step["C"])
+        rows.append([f"`{step['commit']}`", cut, *times, f"{sum(k['microseconds'] for k in kernels.values()):.0f}"])
     said = {step["commit"]: step["what"] for step in result["steps"]}
     return "\n\n".join(
         [

@@ -1,7 +1,7 @@
 """Which tiles are fastest on this GPU: `flash-gsa bench tune`, which regenerates rows of `ops/triton/tiles.py`.
 
 For every row the calls that it is for are taken, one kernel after the other is tried with tiles near those of the row
-there is, and of every C the fastest tiles together are timed as a whole beside that row.
+there is, and of every C and BT the fastest tiles together are timed as a whole beside that row.
 """
 
 import json
@@ -31,7 +31,7 @@ class Options:
 
     Args:
         shapes: names of `WORKLOADS`; empty: all.
-        kernels: some of `KERNELS`, at the C of the row there is; empty: all kernels and C.
+        kernels: some of `KERNELS`, at C and BT of the row there is; empty: all kernels, and others of these.
         budget: seconds for everything, shared among rows; None: no end.
         jobs: processes that compile; None: one a processor core.
         command, commit: what the result says of itself; the commit is for code outside a git checkout.
@@ -124,7 +124,7 @@ class _Search:
     def __init__(self, group: Group, options: Options, here: Result, machine: Machine, say: Say):
         self.group, self.here, self.machine, self.say = group, here, machine, say
         self.architecture = tuple(here["architecture"])
-        self.kernels = [kernel for kernel in group.kernels if not options.kernels or kernel in options.kernels]
+        self.kernels = [kernel for kernel in KERNELS if not options.kernels or kernel in options.kernels]
         self.chunks = group.chunks[:1] if options.kernels else group.chunks
         self.candidates: list[Candidate] = []
         self.left_out = 0
@@ -143,10 +143,10 @@ class _Search:
         return self._decision(whole)
 
     def _compile(self, until: float) -> None:
-        """Candidates of all kernels and C by turns, so that when time runs out the likeliest of each are there."""
+        """Candidates of all kernels and cuts by turns, so that when time runs out the likeliest of each are there."""
         ranked: list[tuple[int, Candidate]] = []
         for turn, cut in enumerate(self.chunks, 1):
-            for kernel in self.group.kernels:
+            for kernel in KERNELS:
                 tiles, left_out = self.group.candidates(kernel, cut, self.here["shared_bytes"])
                 if kernel in self.kernels:
                     self.left_out += left_out
@@ -154,9 +154,8 @@ class _Search:
                     tiles = tiles[:1]
                 for rank, tile in enumerate(tiles):
                     for workload in self.group.workloads:
-                        if kernel in workload.kernels:
-                            # Of another C only the likelier tiles, while time is short.
-                            ranked.append((rank * turn, Candidate(workload, cut, kernel, tile, {}, [])))
+                        # Of another cut only the likelier tiles, while time is short.
+                        ranked.append((rank * turn, Candidate(workload, cut, kernel, tile, {}, [])))
         self.candidates = [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
         start = time.monotonic()
         before = self.group.before.tiles
@@ -175,7 +174,7 @@ class _Search:
     def _base(self, workload: Workload, cut: Cut) -> Tiles | None:
         """Of each kernel the first candidate that runs: what stands beside a candidate of another kernel."""
         chosen: dict[str, Any] = _sizes_of_cut(cut)
-        for kernel in workload.kernels:
+        for kernel in KERNELS:
             chosen[kernel] = next((c.tile for c in self._of(workload, cut, kernel) if c.runs), None)
         return None if None in chosen.values() else replace(self.group.before.tiles, **chosen)
 
@@ -192,7 +191,8 @@ class _Search:
             base = bases[candidate.workload, candidate.cut]
             reference = next((b for (w, _), b in bases.items() if w == candidate.workload and b), None)
             if base is None or reference is None:
-                candidate.record |= {"problem": f"another kernel has no tile that runs with C {_cut_text(candidate.cut)}"}
+                with_it = f"C {_cut_text(candidate.cut)}"
+                candidate.record |= {"problem": f"another kernel has no tile that runs with {with_it}"}
                 continue
             task = (candidate.workload, candidate.among(base), candidate.kernel, reference)
             record = self.machine.time_kernel(*task, until=until)
@@ -211,7 +211,7 @@ class _Search:
         return candidate.seconds[0] / min(c.seconds[0] for c in kind if c.seconds)
 
     def _contenders(self) -> list[Tiles]:
-        """The tiles there are, then of every C the fastest of each kernel."""
+        """The tiles there are, then of every cut the fastest of each kernel."""
         before = self.group.before.tiles
         found = [before]
         for cut in self.chunks:
@@ -291,7 +291,7 @@ class _Search:
             found = self._of(workload, cut, kernel)
             timed = sorted((c for c in found if c.seconds and c.runs), key=lambda c: min(c.seconds))
             before = self.group.before.tiles
-            mine = getattr(before, kernel) if (before.C, before.BT) == cut else None
+            mine = getattr(before, kernel) if cut == (before.C, before.BT) else None
             if found:
                 self.say(f"  {workload.name}, C {_cut_text(cut)}, {kernel}")
             for c in timed[:SHOWN] + [c for c in timed[SHOWN:] if c.tile == mine]:

@@ -35,7 +35,7 @@ Option = TypeVar("Option", bound=Hashable)
 class Workload:
     """One call that tiles are measured with. `name` is what `--shape` calls it.
 
-    linear: gated linear attention, whose keys take the slots' part: K = M, and no kernel for queries of its own.
+    linear: gated linear attention, whose keys take the slots' part: K = M.
     """
 
     name: str
@@ -56,10 +56,6 @@ class Workload:
     def group(self) -> int:
         """Query heads of a key/value head."""
         return self.shape.HQ // self.shape.H
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        return KERNELS
 
     def row(self, architecture: Architecture) -> Row:
         """The row of the table that holds for it."""
@@ -103,13 +99,8 @@ class Group:
     workloads: tuple[Workload, ...]
 
     @property
-    def kernels(self) -> tuple[str, ...]:
-        """Kernels that some workload has."""
-        return tuple(kernel for kernel in KERNELS if any(kernel in w.kernels for w in self.workloads))
-
-    @property
     def chunks(self) -> tuple[Cut, ...]:
-        """Values of (C, BT) worth trying: those of both rows, then C half and twice of the first with one or two blocks."""
+        """Values of (C, BT) worth trying: those of both rows, then what is near the first: C at most half or twice."""
         first = tuple((row.tiles.C, row.tiles.BT) for row in (self.before, self.model))
         more = ((C, BT) for C in (64, 128, 32) for BT in (64, 32) if C in (BT, 2 * BT))
         near = (cut for cut in more if max(cut[0], first[0][0]) <= 2 * min(cut[0], first[0][0]))
@@ -124,7 +115,8 @@ class Group:
         rows = list(dict.fromkeys(getattr(row.tiles, kernel) for row in (self.before, self.model)))
         half = self.workloads[0].dtype == BF16
         widths, stages = ((32, 64, 128), (1, 2, 3, 4)) if half else ((16, 32, 64), (1, 2, 3))
-        widest = max(getattr(w.tiles(Tiles(*cut, *[Tile(512, 4, 1)] * len(KERNELS))), kernel).BD for w in self.workloads)
+        wide = Tiles(*cut, *[Tile(512, 4, 1)] * len(KERNELS))
+        widest = max(getattr(w.tiles(wide), kernel).BD for w in self.workloads)
         near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages) if sizes[0] <= widest]
         near.sort(key=lambda tile: min(_distance(tile, row) for row in rows))
         every = list(dict.fromkeys((*rows, *near)))

@@ -258,8 +258,8 @@ class _NoDevice:
         return torch.device("meta")
 
 
-def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tiles, kernel: str) -> Record:
-    """Compile `kernel` as a call under `tiles` launches it: the `shared_bytes` it takes. In a process without a GPU."""
+def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tiles, wanted: str) -> Record:
+    """Compile `wanted` as a call under `tiles` launches it: the `shared_bytes` it takes. In a process without a GPU."""
     from triton.runtime import driver
 
     from flash_gsa.ops.triton import launching
@@ -268,11 +268,11 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
     launch, compiled = launching.launch, []
 
     def compile_only(
-        function: Any, programs: int, arguments: tuple, constants: Record, warps: int, stages: int = 1
+        kernel: Any, programs: int, arguments: tuple, constants: Record, warps: int, stages: int = 1
     ) -> None:
-        if FIELDS.get(function.fn.__name__) == kernel:
+        if FIELDS.get(kernel.fn.__name__) == wanted:
             options = constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
-            compiled.append(function.run(*arguments, **options))
+            compiled.append(kernel.run(*arguments, **options))
 
     launching.launch = compile_only
     start = time.perf_counter()
@@ -281,7 +281,7 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
             _results(workload, torch.device("meta"))
     finally:
         launching.launch = launch
-    shared = max(kernel.metadata.shared for kernel in compiled)
+    shared = max(one.metadata.shared for one in compiled)
     return {"problem": None, "shared_bytes": shared, "compile_seconds": time.perf_counter() - start}
 
 

@@ -91,7 +91,8 @@ def op(
     Values come before speed: what differs from its definition in 64-bit numbers is reported as wrong and
     not timed. Then: forward, and forward and backward, at the shapes of models; the layer around it, and what
     surrounds it there, fused and separate; one decoding step; time and memory against the length; the start
-    of a new process with empty caches; and what the device can do at best. A measurement that fails or takes too long is recorded as such, and the next begins.
+    of a new process with empty caches; and what the device can do at best. A measurement that fails or takes
+    too long is recorded as such, and the next begins.
 
     Examples:
 

@@ -20,9 +20,9 @@ def tune(
         list[str] | None,
         typer.Option(
             help="A kernel to tune: states, outputs, values_backward, states_backward, inputs_backward; may be "
-            "given several times. Then C stays as it is.",
+            "given several times. Then C and BT stay as they are.",
             metavar="NAME",
-            show_default="all, and C",
+            show_default="all, C and BT",
         ),
     ] = None,
     budget: Annotated[

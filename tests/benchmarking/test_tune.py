@@ -26,12 +26,16 @@ FASTEST = Tile(32, 4, 2)
 OLD, NEW = (8, 6), HOPPER
 
 
-def seconds(workload, C, kernel, tile):
-    """Kernels like `FASTEST` best, and C 64."""
+def cut_of(used):
+    return used.C, used.BT
+
+
+def seconds(workload, cut, tile):
+    """Kernels like `FASTEST` best, and C 64 as one block."""
     distance = (
         abs(math.log2(tile.BD / FASTEST.BD)) + abs(tile.warps - FASTEST.warps) + abs(tile.stages - FASTEST.stages)
     )
-    return 1e-4 * (1 + 0.1 * distance) * (1 if C == 64 else 1.3) * workload.shape.K / 512
+    return 1e-4 * (1 + 0.1 * distance) * (1 if cut == (64, 64) else 1.3) * workload.shape.K / 512
 
 
 class MadeUpMachine:
@@ -72,16 +76,16 @@ class MadeUpMachine:
 
     def time_kernel(self, workload, used, kernel, reference, until):
         tile = getattr(used, kernel)
-        self.asked.append((workload.name, used.C, kernel, tile, reference))
+        self.asked.append((workload.name, cut_of(used), kernel, tile, reference))
         record = {"problem": None, "registers": 128, "spills": 0, "shared_bytes": 4096, "distance": 1e-3}
         if tile in self.wrong:
             return record | {"problem": "wrong: 9.9e-01 from the others", "distance": 0.99}
         again = len([a for a in self.asked if a[:4] == self.asked[-1][:4]]) - 1
-        return record | {"seconds": seconds(workload, used.C, kernel, tile) + again * self.noise}
+        return record | {"seconds": seconds(workload, cut_of(used), tile) + again * self.noise}
 
     def time_whole(self, workload, used, until):
         self.whole.append((workload.name, used))
-        total = sum(seconds(workload, used.C, kernel, getattr(used, kernel)) for kernel in workload.kernels)
+        total = sum(seconds(workload, cut_of(used), getattr(used, kernel)) for kernel in KERNELS)
         return {"problem": None, "forward": total / 3, "forward_backward": total, "peak_bytes": 2**20}
 
 
@@ -106,9 +110,9 @@ def test_there_is_a_shape_for_every_row_of_the_tuned_architecture():
 @pytest.mark.parametrize("architecture", [OLD, NEW])
 def test_candidates_begin_with_the_rows_there_are_and_fit_the_device(architecture):
     for group in groups((), architecture):
-        assert group.chunks[0] == group.before.tiles.C
-        assert group.model.tiles.C in group.chunks
-        for kernel in group.kernels:
+        assert group.chunks[0] == cut_of(group.before.tiles)
+        assert cut_of(group.model.tiles) in group.chunks
+        for kernel in KERNELS:
             found, left_out = group.candidates(kernel, group.chunks[0], 99 * KIB)
             assert found[0] == getattr(group.before.tiles, kernel)
             assert getattr(group.model.tiles, kernel) in found[:2]
@@ -118,16 +122,22 @@ def test_candidates_begin_with_the_rows_there_are_and_fit_the_device(architectur
             assert len(everything) == len(found) + left_out
             for tile in found[2:]:
                 for w in group.workloads:
-                    taken = tiles.shared_bytes(kernel, tile, group.chunks[0], w.dtype, w.shape.M, w.group)
+                    taken = tiles.shared_bytes(kernel, tile, *group.chunks[0], w.dtype, w.shape.M, w.group)
                     assert taken <= 2 * 99 * KIB
                     assert max(w.shape.K, w.shape.V) >= tile.BD
 
 
 def test_the_first_candidates_are_those_nearest_to_the_row():
     (group,) = groups(("7B",), NEW)
-    found, _ = group.candidates("states", 64, 227 * KIB)
-    assert found[0] == Tile(128, 4, 3)
-    assert set(found[1:5]) == {Tile(64, 4, 3), Tile(128, 8, 3), Tile(128, 4, 2), Tile(128, 4, 4)}
+    found, _ = group.candidates("states", (64, 64), 227 * KIB)
+    assert found[0] == Tile(64, 4, 3)
+    assert set(found[1:6]) == {Tile(32, 4, 3), Tile(128, 4, 3), Tile(64, 8, 3), Tile(64, 4, 2), Tile(64, 4, 4)}
+
+
+def test_chunks_of_one_and_of_two_blocks_are_tried():
+    ((single,), (grouped,)) = (groups((name,), NEW) for name in ("1.3B", "7B"))
+    assert single.chunks == ((128, 64), (64, 64), (64, 32))
+    assert grouped.chunks == ((64, 64), (64, 32), (128, 64), (32, 32))
 
 
 def test_the_best_is_fastest_over_all_shapes():
@@ -148,20 +158,22 @@ def test_what_there_is_stays_unless_something_is_faster_in_every_round():
     assert best(measured, before=None) == b
 
 
-def test_the_fastest_tiles_and_C_win():
+def test_the_fastest_tiles_and_cut_win():
     machine = MadeUpMachine()
     result, told = tuned(machine, shapes=("1.3B", "340M"))
     (found,) = result["groups"]
-    assert found["chosen"]["C"] == 64
+    assert (found["chosen"]["C"], found["chosen"]["BT"]) == (64, 64)
     assert all(found["chosen"][kernel] == {"BD": 32, "warps": 4, "stages": 2} for kernel in KERNELS)
-    assert found["before"]["C"] == 128
+    assert (found["before"]["C"], found["before"]["BT"]) == (128, 64)
+    assert {(c["C"], c["BT"]) for c in found["candidates"]} == {(128, 64), (64, 64), (64, 32)}
     assert "Paste into TABLE of flash_gsa/ops/triton/tiles.py" in told
     assert told.endswith(found["row"])
-    assert "C 64, (32, 4, 2)" not in told
+    assert "1.3B 8×2048 bfloat16, 340M 8×2048 bfloat16: C 128 by 64, 64, 64 by 32\n" in told
+    assert "the row there is stays" not in told
     assert "100.0 to 100.0 µs   (32, 4, 2)   128 registers, 0 spilled, 4,096 B shared" in told
     assert "the row there is" in told
-    # Whole calls decide: what there was, and the best of every C, on both shapes, twice.
-    assert len(machine.whole) == 2 * 2 * len({used for _, used in machine.whole}) == 2 * 2 * 3
+    # Whole calls decide: what there was, and the best of every cut, on both shapes, twice.
+    assert len(machine.whole) == 2 * 2 * len({used for _, used in machine.whole}) == 2 * 2 * 4
     times = [c["seconds"] for c in found["candidates"] if not c["problem"]]
     assert {len(t) for t in times} == {2}
     assert result["about"]["device"] == "made-up GPU"
@@ -182,7 +194,7 @@ def test_a_printed_row_is_a_row_of_the_table():
         assert {name: vars(row.tiles)[name] for name in KERNELS} == {
             name: Tile(**found["chosen"][name]) for name in KERNELS
         }
-        assert found["chosen"]["C"] == row.tiles.C
+        assert (found["chosen"]["C"], found["chosen"]["BT"]) == cut_of(row.tiles)
         assert "made-up GPU" in row.reason
         assert group.workloads[0].name in row.reason
 
@@ -193,11 +205,11 @@ def test_rows_are_printed_as_the_table_has_them(row):
     assert again == row
 
 
-def test_a_kernel_alone_keeps_C_and_all_else():
+def test_a_kernel_alone_keeps_the_cut_and_all_else():
     machine = MadeUpMachine()
     result, _ = tuned(machine, shapes=("1.3B",), kernels=("outputs",))
     (found,) = result["groups"]
-    assert {(C, kernel) for _, C, kernel, _, _ in machine.asked} == {(128, "outputs")}
+    assert {(cut, kernel) for _, cut, kernel, _, _ in machine.asked} == {((128, 64), "outputs")}
     assert found["chosen"] == found["before"] | {"outputs": {"BD": 32, "warps": 4, "stages": 2}}
 
 
@@ -231,24 +243,24 @@ def test_what_is_wrong_or_too_large_is_listed_and_does_not_win():
 
 
 def test_candidates_stand_among_tiles_that_run_and_are_compared_with_one_reference():
-    machine = MadeUpMachine()
-    machine.limit = 150_000  # the row's own walks do not run
+    machine, row = MadeUpMachine(), groups(("7B",), NEW)[0].before
+    machine.limit = 90_000  # the row's own walks do not run
+    assert 500 * row.tiles.states.BD * row.tiles.states.stages > machine.limit
     tuned(machine, shapes=("7B",))
     references = {reference for *_, reference in machine.asked}
     assert len(references) == 1
     (reference,) = references
     assert isinstance(reference, Tiles)
-    assert reference.states != Tile(128, 4, 3)
-    assert 500 * reference.states.BD * reference.states.stages <= 150_000
+    assert all(500 * getattr(reference, k).BD * getattr(reference, k).stages <= machine.limit for k in KERNELS)
 
 
 def test_what_time_leaves_decides():
     result, told = tuned(MadeUpMachine(compiled=40), shapes=("7B",))
     (found,) = result["groups"]
     assert sum(c["problem"] == NO_TIME for c in found["candidates"]) == len(found["candidates"]) - 40
-    # Each kernel and C got its likeliest tiles first.
-    first = found["candidates"][:18]
-    assert len({(c["kernel"], c["C"]) for c in first}) == 18
+    # Each kernel and cut got its likeliest tiles first.
+    first = found["candidates"][:20]
+    assert len({(c["kernel"], c["C"], c["BT"]) for c in first}) == 20
     assert found["chosen"] is not None
     assert f"{len(found['candidates']) - 40} not compiled in time" in told
 
@@ -319,16 +331,20 @@ def test_distances_tell_what_is_not_a_number():
 # Compiled for a GPU that is not there, in processes as the command starts them.
 PROGRAM = """
 import time, torch
+from dataclasses import replace
 from flash_gsa.benchmarking.tune_candidates import WORKLOADS
 from flash_gsa.benchmarking.tune_kernels import Machine
+from flash_gsa.ops.triton.tiles import Tile
 
 if __name__ == "__main__":
     torch.cuda.is_available = lambda: True
     with Machine(1) as machine:
-        workloads = {w.name: w for w in WORKLOADS}
+        (workload,) = (w for w in WORKLOADS if w.name == "1.3B")
+        good = workload.row((8, 0)).tiles
+        bad = replace(good, outputs=Tile(48, 4, 1))
         tasks = [
-            (("cuda", 80, 32), workloads[name], workloads[name].row((8, 0)).tiles, kernel)
-            for name, kernel in (("1.3B", "states"), ("GLA-1.3B", "queries_backward"))
+            (("cuda", 80, 32), workload, used, kernel)
+            for kernel, used in (("outputs", bad), ("states", good), ("inputs_backward", replace(good, C=128)))
         ]
         print(machine.compile(tasks, time.monotonic() + 100))
         print(machine.compile(tasks, time.monotonic() - 1))
@@ -349,17 +365,18 @@ def compiled(tmp_path_factory):
 
 
 def test_kernels_are_compiled_without_a_gpu_and_left_in_the_cache(compiled):
-    (states, absent), cache = compiled[0][0], compiled[1]
-    assert states["problem"] is None
-    taken = tiles.shared_bytes("states", Tile(64, 4, 2), 64, torch.bfloat16, 64, 1)
-    assert 0 < states["shared_bytes"] <= taken
-    assert list(cache.rglob("states_forward.cubin"))
-    # Gated linear attention has no such kernel; a failure costs nothing but itself.
-    assert absent["problem"]
+    (failed, states, inputs), cache = compiled[0][0], compiled[1]
+    # Slices are powers of two wide; a failure costs nothing but itself.
+    assert failed["problem"].startswith("CompilationError")
+    for record, kernel, cut in ((states, "states", (64, 64)), (inputs, "inputs_backward", (128, 64))):
+        assert record["problem"] is None
+        assert 0 < record["shared_bytes"] <= tiles.shared_bytes(kernel, Tile(64, 4, 2), *cut, torch.bfloat16, 64, 1)
+    for name in ("states_forward", "inputs_backward"):
+        assert list(cache.rglob(f"{name}.cubin"))
 
 
 def test_nothing_is_compiled_after_the_end(compiled):
-    assert [record["problem"] for record in compiled[0][1]] == [NO_TIME, NO_TIME]
+    assert [record["problem"] for record in compiled[0][1]] == [NO_TIME] * 3
 
 
 @pytest.mark.gpu

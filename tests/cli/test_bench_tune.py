@@ -22,7 +22,7 @@ def test_without_a_gpu_it_says_so_in_one_line(run):
     ("words", "told"),
     [
         (("--shape", "1.3B", "--shape", "70B"), "there is no shape '70B'; choose of 1.3B, 7B, 340M"),
-        (("--kernel", "key_backward"), "Did you mean 'keys_backward'?"),
+        (("--kernel", "input_backward"), "Did you mean 'inputs_backward'?"),
         (("--budget", "-1"), "budget is -1"),
     ],
 )

@@ -103,9 +103,13 @@ def test_tensors_of_more_elements_than_32_bits_count():
     if torch.cuda.mem_get_info()[0] < 45 << 30:
         pytest.skip("needs 45 GiB of free GPU memory")
     H, wide, M = 4, 512, 64
+    from flash_gsa.ops.triton import tiles
+
     # The last sequence is the one behind the 2³¹ elements: of q, k and, at 64 tokens a chunk, of the chunks' states.
     first = FIRST_BEYOND // (H * wide)
-    last_of_a_packed_call("triton", Case(lengths=(first, 300), HQ=H, H=H, K=wide, V=16, M=M, state=False))
+    chosen = tiles.choose(torch.bfloat16, wide, 16, M, 1, torch.device(CUDA))
+    with tiles.using(replace(chosen, C=64, BT=64)):
+        last_of_a_packed_call("triton", Case(lengths=(first, 300), HQ=H, H=H, K=wide, V=16, M=M, state=False))
     torch.cuda.empty_cache()
     # Of v and o.
     T = 1024

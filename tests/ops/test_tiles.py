@@ -25,7 +25,7 @@ CAPABILITIES = [(7, 5), (8, 0), (8, 6), HOPPER, (10, 0), (12, 0)]
 PRECISIONS = [BF16, FP16, FP32]
 KIB = 1024
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SOME = Tiles(64, 64, *[Tile(32, 4, 1)] * 5)
+SOME = Tiles(64, 64, *[Tile(32, 4, 1)] * len(KERNELS))
 
 
 def name_of(row: Row) -> str:
@@ -42,7 +42,8 @@ def problems():
 
 
 def most_shared(row: Row, precision: torch.dtype, M: int, R: int) -> int:
-    return max(tiles.shared_bytes(name, getattr(row.tiles, name), row.tiles.C, precision, M, R) for name in KERNELS)
+    cut = row.tiles.C, row.tiles.BT
+    return max(tiles.shared_bytes(name, getattr(row.tiles, name), *cut, precision, M, R) for name in KERNELS)
 
 
 if not INTERPRETED:
@@ -193,19 +194,20 @@ if not INTERPRETED:
         for launch in launches:
             if kernel := FIELDS.get(launch.name):
                 tile = getattr(row.tiles, kernel)
-                estimate = tiles.shared_bytes(kernel, tile, row.tiles.C, precision, row.slots, R)
+                estimate = tiles.shared_bytes(kernel, tile, row.tiles.C, row.tiles.BT, precision, row.slots, R)
                 assert launch.compiled.metadata.shared <= estimate, kernel
 
 else:
 
     def sizes(row: Row) -> tuple:
         """What of a row matters in the interpreter."""
-        return row.tiles.C, bool(row.grouped), *(getattr(row.tiles, kernel).BD for kernel in KERNELS)
+        widths = (getattr(row.tiles, kernel).BD for kernel in KERNELS)
+        return row.tiles.C, row.tiles.BT, bool(row.grouped), *widths
 
     @pytest.mark.parametrize("row", {sizes(row): row for row in TABLE}.values(), ids=name_of)
     def test_right_with_its_tiles(row):
         widest = max(getattr(row.tiles, kernel).BD for kernel in KERNELS)
-        # V takes two slices, K one; the second chunk is a short one.
+        # V takes two slices, K one; the second chunk is a short one, of less than a block.
         case = Case(T=row.tiles.C + 3, B=1, HQ=1 if row.grouped is False else 2, H=1, K=9, V=widest + 4, M=5)
         x = make(case)
         with tiles.using(row.tiles):

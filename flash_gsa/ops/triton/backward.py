@@ -25,6 +25,7 @@ from .chunks import (
     load_sum,
     load_write,
     locate,
+    mm,
     near_attention,
     near_attention_any,
     near_logits,
@@ -85,7 +86,9 @@ def values_backward(
             store_rows(dq + at, dp, left, 0, BT, H * R * M, M, BM)
         else:
             weight = load_rows(p + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-            dlogits = weight * (dp - tl.sum(weight * dp, axis=1)[:, None])
+            # p was rounded: divided by its sum, its mean of dp is exact for what all slots have in common.
+            mean = tl.sum(weight * dp, axis=1) / tl.maximum(tl.sum(weight, axis=1), 1e-30)
+            dlogits = weight * (dp - mean[:, None])
             sums = tl.load(lse + row_q + r + ot * (H * R), mask=ot < left, other=0.0)
             z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + sums[:, None], 0.0)
             total += dlogits * z
@@ -156,9 +159,7 @@ def states_backward(
     steps = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
     all_gates = tl.zeros([BM], tl.float32)
     if not LOCAL:
-        before = tl.load(
-            states + ((chunk + (steps - 1) // BLOCKS) * H + h) * one + at_state, mask=inside, other=0.0
-        )
+        before = tl.load(states + ((chunk + (steps - 1) // BLOCKS) * H + h) * one + at_state, mask=inside, other=0.0)
     for back in range(steps):
         i = steps - 1 - back
         token = start + i * BT
@@ -192,7 +193,7 @@ def states_backward(
                 mask=(ot < left)[:, None] & (od[None, :] < size),
                 other=0.0,
             )
-            addition = tl.dot(tl.trans(weight.to(DOT)), values.to(DOT), input_precision=PRECISION)
+            addition = mm(tl.trans(weight.to(DOT)), values.to(DOT), PRECISION=PRECISION)
             state += addition * factor
     if LOCAL:
         here = segment * H + h
@@ -221,10 +222,10 @@ def inputs_backward(
 
     dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh;  QUERIES: dy_t = factor · (Σ_{j≤t} near_tj x_j + read_t h)
 
-    t up to the chunk's end and j from its start, dx [·, H, D], dy [·, HQ, D]. The pass's share of ds [·, H, M] and of dg
-    [·, H, M], which holds what `values_backward` calls reached for the FIRST pass and what that made of it for the
-    other; between them dwrite has that of ds, where s is given. What a block's gates owe to the other block of the chunk
-    is two sums over that block's tokens, onward_sums and later_sums [chunks, C/BT, H, M]: see `across_blocks`.
+    t up to the chunk's end and j from its start, dx [·, H, D], dy [·, HQ, D]. The pass's share of ds [·, H, M] and of
+    dg [·, H, M], which holds what `values_backward` calls reached for the FIRST pass and what that made of it for the
+    other; between them dwrite has that of ds, where s is given. What a block's gates owe to the other block of the
+    chunk is two sums over that block's tokens, onward_sums and later_sums [chunks, C/BT, H, M]: see `across_blocks`.
 
     Every slice of x and y is read once: until a second time, other programs read more than the L2 cache holds.
     Grid: (chunks·C/BT·H,), the blocks of a chunk next to each other, so that what both read comes from L2.
@@ -268,7 +269,7 @@ def inputs_backward(
     for d in range(0, D, BD):
         xd = load_rows(x, left, d, BT, H * D, D, BD)
         dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
-        carried = tl.dot(xd.to(DOT), tl.trans(dhd), carried, input_precision=PRECISION)
+        carried = mm(xd.to(DOT), tl.trans(dhd), carried, PRECISION=PRECISION)
         out = tl.zeros([BT, BD], tl.float32)
         for r in range(R):
             if R > 1:
@@ -279,26 +280,26 @@ def inputs_backward(
                 scores = tl.zeros([BT, BT], tl.float32)
                 scores_after = tl.zeros([BT, BT], tl.float32)
             yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
-            scores = tl.dot(yd, tl.trans(xd), scores, input_precision=PRECISION)
+            scores = mm(yd, tl.trans(xd), scores, PRECISION=PRECISION)
             if QUERIES:
                 hd = load_rows(h + state * D, M, d, BM, D, D, BD).to(DOT)
-                grad = tl.dot(of_state, hd, input_precision=PRECISION)
-                grad = tl.dot(near, xd.to(DOT), grad, input_precision=PRECISION)
+                grad = mm(of_state, hd, PRECISION=PRECISION)
+                grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
                 if C > BT:
                     wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
-                    grad = tl.dot(near_before, wd.to(DOT), grad, input_precision=PRECISION)
+                    grad = mm(near_before, wd.to(DOT), grad, PRECISION=PRECISION)
                 store_rows(dy + (row_q + r) * D, grad * factor, left, d, BT, H * R * D, D, BD)
-            out = tl.dot(tl.trans(near), yd.to(DOT), out, input_precision=PRECISION)
+            out = mm(tl.trans(near), yd.to(DOT), out, PRECISION=PRECISION)
             if C > BT:
                 zd = load_rows(y + (r + BT * H * R) * D, after, d, BT, H * R * D, D, BD)
-                scores_after = tl.dot(zd, tl.trans(xd), scores_after, input_precision=PRECISION)
-                out = tl.dot(near_after, zd.to(DOT), out, input_precision=PRECISION)
+                scores_after = mm(zd, tl.trans(xd), scores_after, PRECISION=PRECISION)
+                out = mm(near_after, zd.to(DOT), out, PRECISION=PRECISION)
             if R > 1:
                 written += _written(
                     scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level, found, left,
                     H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
                 )  # fmt: skip
-        out = tl.dot(writing, dhd, out * factor, input_precision=PRECISION)
+        out = mm(writing, dhd, out * factor, PRECISION=PRECISION)
         store_rows(dx, out, left, d, BT, H * D, D, BD)
     if R == 1:
         tl.debug_barrier()
@@ -359,8 +360,8 @@ def across_blocks(
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
     PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Completes dg [·, H, M] of chunks of two blocks: gates of the first act on all that the second's tokens read, those
-    of the second on all that the first's left in the state. The sums are those of PASSES passes after each other.
+    """Completes dg [·, H, M] of chunks of two blocks: gates of the first act on all that the second's tokens read,
+    those of the second on all that the first's left in the state. The sums are those of PASSES passes after each other.
     Grid: (chunks·2·H,)."""
     BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
@@ -409,11 +410,11 @@ def _weights(
     if C > BT:
         keeping = load_rows(kept, left, 0, BT, H * M, M, BM).to(DOT)
         behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
-        near_after = tl.dot(keeping, tl.trans(behind), input_precision=PRECISION).to(DOT)
+        near_after = mm(keeping, tl.trans(behind), PRECISION=PRECISION).to(DOT)
         if QUERIES:
             gone = tl.exp(load_sum(until, -1, before > 0, H, M, BM))
             ahead = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-            near_before = tl.dot(reading.to(DOT), tl.trans(ahead), input_precision=PRECISION).to(DOT)
+            near_before = mm(reading.to(DOT), tl.trans(ahead), PRECISION=PRECISION).to(DOT)
             of_state = (reading.to(tl.float32) * gone[None, :]).to(reading.dtype).to(DOT)
     return near, near_after, near_before, of_state
 
@@ -436,6 +437,6 @@ def _written(
         behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
         sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
         rest = load_sum(until, BT - 1, left > BT, H, M, BM)[None, :] - sums
-        far = tl.dot(tl.trans(scores_after.to(DOT)), behind, input_precision=PRECISION)
+        far = mm(tl.trans(scores_after.to(DOT)), behind, PRECISION=PRECISION)
         total += tl.exp(tl.minimum(rest, 0.0)) * far
     return total

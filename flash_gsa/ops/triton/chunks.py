@@ -61,6 +61,18 @@ def time_order(i, T, sequences, C: tl.constexpr, PACKED: tl.constexpr, REVERSE: 
 
 
 @triton.jit
+def mm(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
+    """a b, or acc + a b. Tensor cores cut float32 to the 19 bits of tf32; here it is rounded to them, half the error
+    and without bias."""
+    if PRECISION == "tf32":
+        if a.dtype == tl.float32:
+            a = (a.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        if b.dtype == tl.float32:
+            b = (b.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def load_rows(x, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """x[0:ROWS, d:d+BD] of rows STRIDE apart, each D long; 0 from row `left` on and outside of the row."""
     rows, od = tl.arange(0, ROWS), d + tl.arange(0, BD)
@@ -106,17 +118,17 @@ def products(
         xd = load_rows(x, left, d, BT, X_STRIDE, D, BD)
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
-        scores = tl.dot(xd, tl.trans(yd), scores, input_precision=PRECISION)
+        scores = mm(xd, tl.trans(yd), scores, PRECISION=PRECISION)
         if C > BT:
             zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
-            far = tl.dot(xd, tl.trans(zd), far, input_precision=PRECISION)
-        old = tl.dot(xd.to(DOT), tl.trans(hd.to(DOT)), old, input_precision=PRECISION)
+            far = mm(xd, tl.trans(zd), far, PRECISION=PRECISION)
+        old = mm(xd.to(DOT), tl.trans(hd.to(DOT)), old, PRECISION=PRECISION)
     ot = tl.arange(0, BT)
     near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
     old *= factor * passed[None, :]
     if C > BT:
         written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-        old = tl.dot((far * factor).to(DOT), written, old, input_precision=PRECISION)
+        old = mm((far * factor).to(DOT), written, old, PRECISION=PRECISION)
     return near, old
 
 
@@ -130,16 +142,16 @@ def write_products(
     read [BT, BM] in float32, state [M, D]; y₋ and kept₋ as in `products`."""
     if C > BT:
         written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-        far = tl.dot(read.to(DOT), tl.trans(written), input_precision=PRECISION).to(DOT)
+        far = mm(read.to(DOT), tl.trans(written), PRECISION=PRECISION).to(DOT)
     reading = (read * passed[None, :]).to(DOT)
     for d in range(0, D, BD):
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
-        total = tl.dot(reading, hd.to(DOT), input_precision=PRECISION)
-        total = tl.dot(near, yd.to(DOT), total, input_precision=PRECISION)
+        total = mm(reading, hd.to(DOT), PRECISION=PRECISION)
+        total = mm(near, yd.to(DOT), total, PRECISION=PRECISION)
         if C > BT:
             zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
-            total = tl.dot(far, zd.to(DOT), total, input_precision=PRECISION)
+            total = mm(far, zd.to(DOT), total, PRECISION=PRECISION)
         store_rows(out, total * factor, left, d, BT, O_STRIDE, D, BD)
 
 
@@ -187,14 +199,14 @@ def near_logits(
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     grown = tl.exp(sums.to(tl.float32))
     weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    total = grown * tl.dot(scores, weak, old, input_precision=PRECISION)
+    total = grown * mm(scores, weak, old, PRECISION=PRECISION)
     if levels > 0:
         need = load_rows(level, left, 0, BT, H * M, M, BM)
         write = load_write(g, s, left, BT, H, M, BM, HAS_S)
         total = tl.where(need == 0, total, grown * old)
         for i in tl.range(references(levels, BT), num_stages=1):
             grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
-            total += grown * tl.dot(scores, (write * inverse).to(DOT), input_precision=PRECISION)
+            total += grown * mm(scores, (write * inverse).to(DOT), PRECISION=PRECISION)
     return total
 
 
@@ -207,7 +219,7 @@ def near_attention(
     at level 0; read = weights ∘ e^G [BT, BM]."""
     weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
     oc = tl.arange(0, BT)
-    total = tl.dot(read, tl.trans(weak), input_precision=PRECISION)
+    total = mm(read, tl.trans(weak), PRECISION=PRECISION)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
 
 
@@ -222,11 +234,11 @@ def near_attention_any(
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     need = load_rows(level, left, 0, BT, H * M, M, BM)
     write = load_write(g, s, left, BT, H, M, BM, HAS_S)
-    total = tl.dot(tl.where(need == 0, read, 0.0), tl.trans(weak), input_precision=PRECISION)
+    total = mm(tl.where(need == 0, read, 0.0), tl.trans(weak), PRECISION=PRECISION)
     for i in tl.range(references(levels, BT), num_stages=1):
         grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
         far = (weights * grown).to(DOT)
-        total = tl.dot(far, tl.trans((write * inverse).to(DOT)), total, input_precision=PRECISION)
+        total = mm(far, tl.trans((write * inverse).to(DOT)), total, PRECISION=PRECISION)
     oc = tl.arange(0, BT)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
 
@@ -245,12 +257,12 @@ def near_writes(
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
     if levels > 0:
         need = load_rows(level, left, 0, BT, H * M, M, BM)
-        written = inverse * tl.dot(scores, tl.where(need == 0, reading, 0.0), input_precision=PRECISION)
+        written = inverse * mm(scores, tl.where(need == 0, reading, 0.0), PRECISION=PRECISION)
         for i in tl.range(references(levels, BT), num_stages=1):
             grown, far = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
-            written += far * tl.dot(scores, (weights * grown).to(DOT), input_precision=PRECISION)
+            written += far * mm(scores, (weights * grown).to(DOT), PRECISION=PRECISION)
     else:
-        written = inverse * tl.dot(scores, reading, input_precision=PRECISION)
+        written = inverse * mm(scores, reading, PRECISION=PRECISION)
     return written
 
 

@@ -14,6 +14,7 @@ from .chunks import (
     load_rows,
     load_sum,
     locate,
+    mm,
     near_attention,
     near_attention_any,
     near_logits,
@@ -97,7 +98,7 @@ def states_forward(
             rows + ot[:, None] * (H * size) + od[None, :], mask=(ot < left)[:, None] & (od[None, :] < size), other=0.0
         )
         state = state * tl.exp(total)[:, None]
-        state = tl.dot(tl.trans(weight.to(DOT)), values.to(DOT), state, input_precision=PRECISION)
+        state = mm(tl.trans(weight.to(DOT)), values.to(DOT), state, PRECISION=PRECISION)
         gates += total
         rows += BT * H * size
         weights += BT * H * M

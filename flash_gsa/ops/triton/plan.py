@@ -28,9 +28,13 @@ def _parameters(kernel) -> frozenset[str]:
     return frozenset(kernel.arg_names)
 
 
-def padded(M: int) -> int:
-    """Slots as tiles hold them: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(M))
+def padded(M: int, dtype: torch.dtype) -> int:
+    """Slots as tiles hold them: a power of two, at least 16, in 16-bit formats 64.
+
+    Hopper's products have 64 rows; with fewer slots Triton 3.6 takes older instructions, whose results were wrong in
+    bfloat16 where a row of slots is a multiple of 16 bytes (seen on an H100 with 16 and 32 slots).
+    """
+    return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(M))
 
 
 class Parts:
@@ -83,14 +87,14 @@ class Plan:
         self.widths = {
             "K": self.K,
             "V": self.V,
-            "BM": padded(self.M),
+            "BM": padded(self.M, q.dtype),
             # float16 has too little range for e^{±G}; its products with gates are done in TF32, of equal precision.
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
         # Slots that one program prepares.
-        self.slice = min(64, padded(self.M))
-        self.slot_slices = padded(self.M) // self.slice
+        self.slice = min(64, self.widths["BM"])
+        self.slot_slices = self.widths["BM"] // self.slice
         self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices, "LINEAR": linear}
 
     @functools.cached_property

@@ -84,9 +84,9 @@ TABLE = (
         _tiles(64, 64, (64, 4, 3), (64, 4, 3), (64, 4, 3), (64, 4, 3), (128, 8, 2)),
         "outputs 388, BD 128 394; values backward 391, BD 128 561; states backward 298, BD 128 325"),
     Row(HOPPER, BF16, 64, SINGLE,
-        _tiles(128, 64, (128, 4, 3), (64, 4, 3), (64, 4, 3), (128, 4, 3), (32, 4, 4)),
-        "blocks of 64 in chunks of 128 against chunks of 64: walks 82 and 104, backward 108 and 159; outputs 170 and 186, "
-        "values backward 112 and 124. BT 128 with 8 warps: outputs 187, values backward 222"),
+        _tiles(128, 64, (128, 4, 3), (64, 4, 3), (64, 4, 3), (128, 4, 3), (64, 4, 2)),
+        "blocks of 64 in chunks of 128 against chunks of 64: walks 82 and 104, backward 108 and 159; outputs 170 and "
+        "186, values backward 112 and 124. BT 128 with 8 warps: outputs 187, values backward 222"),
     Row(HOPPER, BF16, 128, ANY,
         _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "[C, M] as large as with 64 slots and C 128; not measured against others"),
@@ -176,10 +176,10 @@ def shared_bytes(kernel: str, tile: Tile, C: int, BT: int, precision: torch.dtyp
     """Shared memory that a program of `kernel` takes, at most: an estimate that no tile compiled so far exceeds.
 
     Pipelined loads: of a walk `stages` times [BT, M] weights and a [BT, BD] slice of inputs; of the other kernels
-    `stages` times such slices of queries and keys, their neighbours' too in chunks of two blocks, and of states [M, BD],
-    beside a few [BT, M] and [BT, BT] weights. Where gates are strong, several tiles [BT, M] are there at once.
+    `stages` times such slices of queries and keys, their neighbours' too in chunks of two blocks, and of states
+    [M, BD], beside a few [BT, M] and [BT, BT] weights. Where gates are strong, several tiles [BT, M] are there at once.
     """
-    slots = max(16, 1 << (M - 1).bit_length())
+    slots = max(16 if precision == FP32 else 64, 1 << (M - 1).bit_length())
     given = precision.itemsize
     item = 2 if precision == BF16 else 4
     if kernel in ("states", "states_backward"):

@@ -1,0 +1,109 @@
+"""A compiled kernel is launched again only for arguments that it was compiled for."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
+
+from flash_gsa.ops.triton import launching
+
+CONSTANTS = {"BACK": False, "SIZE": 16}  # in another order than the kernel's
+
+
+class Kernel:
+    """What `launch` needs of a `triton.jit` function.
+
+    `compiled` collects (grid, arguments, options) of launches that go through Triton, `launched` (compiled, grid,
+    arguments) of the others.
+    """
+
+    arg_names = ("x", "y", "n", "SIZE", "BACK")
+
+    def __init__(self, interpreted=False):
+        self.interpreted, self.compiled, self.launched = interpreted, [], []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self._compile(grid, arguments, options)
+
+    def _compile(self, grid, arguments, options):
+        self.compiled.append((grid, arguments, options))
+        return None if self.interpreted else Compiled(self)
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((self, grid, arguments))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch):
+    monkeypatch.setattr(launching, "_compiled", {})
+
+
+X = torch.zeros(9)
+assert X.data_ptr() % 16 == 0
+
+
+def launch(kernel, x=X, y=X, n=3, programs=7, constants=CONSTANTS, warps=4, stages=2):
+    return launching.launch(kernel, programs, (x, y, n), constants, warps, stages)
+
+
+def test_the_first_launch_goes_through_triton():
+    kernel = Kernel()
+    assert isinstance(launch(kernel), Compiled)
+    assert kernel.compiled == [((7,), (X, X, 3), CONSTANTS | {"num_warps": 4, "num_stages": 2})]
+    assert not kernel.launched
+
+
+@pytest.mark.parametrize("change", [{}, {"n": 2**31 - 1}, {"n": 1}, {"x": torch.ones(4, 5)[0]}, {"y": X[4:]}], ids=str)
+def test_what_was_compiled_for_the_same_is_launched_with_constants_in_its_order(change):
+    kernel = Kernel()
+    compiled = launch(kernel)
+    assert launch(kernel, programs=8, **change) is compiled
+    assert len(kernel.compiled) == 1
+    ((of, grid, arguments),) = kernel.launched
+    assert (of, grid) == (compiled, (8, 1, 1))
+    wanted = {"x": X, "y": X, "n": 3} | change | {"SIZE": 16, "BACK": False}
+    assert all(a is b for a, b in zip(arguments, wanted.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"y": X.double()},
+        {"y": X[1:]},
+        {"y": None},
+        {"n": 2**31},
+        {"n": 3.0},
+        {"x": torch.zeros(9, device="meta")},
+        {"constants": CONSTANTS | {"SIZE": 32}},
+        {"warps": 8},
+        {"stages": 3},
+    ],
+    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages"],
+)
+def test_what_the_compiled_code_depends_on_compiles_anew(change):
+    kernel = Kernel()
+    first = launch(kernel)
+    other = launch(kernel, **change)
+    assert other is not first
+    assert len(kernel.compiled) == 2
+    # Both are kept.
+    assert (launch(kernel), launch(kernel, **change)) == (first, other)
+    assert [of for of, _, _ in kernel.launched] == [first, other]
+
+
+def test_kernels_are_told_apart():
+    one, other = Kernel(), Kernel()
+    launch(one)
+    launch(other)
+    assert len(one.compiled) == len(other.compiled) == 1
+
+
+def test_in_the_interpreter_nothing_is_kept():
+    kernel = Kernel(interpreted=True)
+    assert launch(kernel) is launch(kernel) is None
+    assert len(kernel.compiled) == 2
