@@ -96,58 +96,56 @@ def kernel_steps(result: dict[str, Any]) -> str:
     )
 
 
-def kernel_state(result: dict[str, Any]) -> str:
-    names = ["o", "hk", "hv", "dq", "dk", "dv", "dg", "ds"]
-    errors = [
-        [r["format"], r["case"], *(f"{r['errors'][n]:.1e}" if n in r["errors"] else "" for n in names)]
-        for r in result["accuracy"]
-    ]
-    times = [
+def kernel_counters(result: dict[str, Any]) -> str:
+    rows = [
         [
-            r["layer"],
-            str(r["C"]),
-            f"{r['forward_ms']:.2f}",
-            f"{r['forward_backward_ms']:.2f}",
-            str(r["memory_mib"]),
+            f"`{r['commit']}`",
+            r["kernel"],
+            f"{r['C']} by {r['BT']}",
+            f"{r['microseconds']:.0f}",
+            f"{r['dram_bytes'] / 1e6:.0f}",
+            f"{r['dram_bytes_per_second'] / 1e12:.2f}",
+            f"{r['l2_hit_percent']:.0f}",
         ]
-        for r in result["times"]
+        for r in result["rows"]
     ]
-    return "\n\n".join(
-        [
-            "Distance from float64, as a part of the norm:",
-            table(["inputs", "case", *names], errors),
-            "Time and peak memory above the inputs, bfloat16:",
-            table(["layer", "C", "forward, ms", "forward + backward, ms", "MiB"], times),
-            told(result["about"]),
-        ]
-    )
+    heads = ["commit", "kernel", "C by BT", "µs", "MB from and to memory", "TB/s", "L2 hits, %"]
+    said = {r["commit"] + r["what"]: f"- `{r['commit']}`, {r['C']} by {r['BT']}: {r['what']}." for r in result["rows"]}
+    return "\n\n".join([table(heads, rows), "\n".join(said.values()), told(result["about"])])
 
 
 def decode_gpu(result: dict[str, Any]) -> str:
-    rows = []
+    about, rows, other = result["about"], [], {}
     for r in result["times"]:
-        if r["order"] == "MK" and r["in_place"]:
-            rows.append(
-                [
-                    r["model"],
-                    str(r["B"]),
-                    r["state"],
-                    f"{r['us']:.1f}",
-                    f"{r['floor_us']:.1f}",
-                    f"{r['us'] / r['floor_us']:.2f}",
-                    f"{r['copy_us']:.1f}" if "copy_us" in r else "",
-                ]
-            )
+        as_launched = r["stages_timed"] == r["stages"]
+        if not as_launched:
+            other[f"{r['stages_timed']} for {r['stages']}"] = None
+        rows.append(
+            [
+                r["model"],
+                str(r["B"]),
+                r["state"],
+                f"{r['before_us']:.1f}",
+                f"{r['us']:.1f}" + ("" if as_launched else "\\*"),
+                f"{r['floor_us']:.1f}",
+                f"{r['us'] / r['floor_us']:.2f}",
+                f"{r['copy_us']:.1f}",
+            ]
+        )
     heads = [
         "layer",
         "sequences",
         "state",
+        f"µs before, `{about['before']}`",
         "µs a step",
         "state read + written at 3.0 TB/s",
         "ratio",
-        "µs, copy of the state",
+        "µs, copy of the state, in halves",
     ]
-    return "\n\n".join([table(heads, rows), told(result["about"])])
+    notes = (
+        [f"\\* Not timed with as many tiles on the way as are launched, but with {', '.join(other)}."] if other else []
+    )
+    return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -157,7 +155,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "kernel_steps": kernel_steps,
-    "kernel_state": kernel_state,
+    "kernel_counters": kernel_counters,
     "decode_gpu": decode_gpu,
 }
 
