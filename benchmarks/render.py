@@ -115,11 +115,12 @@ def kernel_counters(result: dict[str, Any]) -> str:
 
 
 def decode_gpu(result: dict[str, Any]) -> str:
-    about, rows, other = result["about"], [], {}
+    about = result["about"]
+    rows, other = [], []
     for r in result["times"]:
         as_launched = r["stages_timed"] == r["stages"]
         if not as_launched:
-            other[f"{r['stages_timed']} for {r['stages']}"] = None
+            other.append(f"{r['stages_timed']} for {r['stages']}")
         rows.append(
             [
                 r["model"],
@@ -142,9 +143,8 @@ def decode_gpu(result: dict[str, Any]) -> str:
         "ratio",
         "µs, copy of the state, in halves",
     ]
-    notes = (
-        [f"\\* Not timed with as many tiles on the way as are launched, but with {', '.join(other)}."] if other else []
-    )
+    tiles = ", ".join(dict.fromkeys(other))
+    notes = [f"\\* Not timed with as many tiles on the way as are launched: with {tiles}."] if other else []
     return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 

@@ -207,6 +207,17 @@ else:
         for name, want in kept.items():
             assert torch.equal(recomputed[name], want), name
 
+    def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+        """What was saved is written over only by a backward that is the last."""
+        x = {name: y.requires_grad_() for name, y in make(SMALL).items()}
+        loss = sum(y.square().sum() for y in call("triton", x, SMALL))
+        first, second, last = (
+            torch.autograd.grad(loss, list(x.values()), retain_graph=kept) for kept in (True, True, False)
+        )
+        for a, b, c in zip(first, second, last, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
     def test_recomputed_states_are_not_kept():
         sizes = {"keep": 0, "recompute": 0}
         for states in sizes:
