@@ -17,6 +17,7 @@ float32; all else is float32; results and gradients are rounded once, at the end
 import torch
 from torch import Tensor
 
+from . import test_linear as linear
 from .helpers import EPS, TINY, Case, Tensors, with_gradients
 
 CUDA = torch.device("cuda")
@@ -44,24 +45,14 @@ class _Product(torch.autograd.Function):
 
 def unrolled(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(o, hk, hv) by the sums above, with products of factors in `dtype`; o comes in `dtype`."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    place = None if case.lengths is None else _places(case.lengths, x["q"].device)
-    x = {name: tensor.to(wide) for name, tensor in x.items()}
-    if place is not None:
-        x = {name: _padded(tensor, place) if name in "qkvgs" else tensor for name, tensor in x.items()}
+    x, place = _wide(x, case, dtype)
     q, k, v, g = (x[name] for name in "qkvg")
     s = x["s"] if "s" in x else -torch.expm1(g)
-    q = q.unflatten(2, (case.H, case.HQ // case.H))
-    g, s = g.transpose(1, 2), s.transpose(1, 2)  # [n, H, T, M]
+    decay, grown = _decays(g)
+    weight = decay * s.transpose(1, 2)[:, :, None]  # [n, H, t, j, M]
 
     def product(spec: str, left: Tensor, right: Tensor) -> Tensor:
         return _Product.apply(spec, left, right, dtype)
-
-    t = torch.arange(g.shape[2], device=g.device)
-    after, seen = (t[:, None] > t)[..., None], (t[:, None] >= t)[..., None]
-    exponent = torch.where(after, g[:, :, :, None], 0.0).cumsum(2)
-    weight = torch.where(seen, exponent.exp() * s[:, :, None], 0.0)  # [n, H, t, j, M]
-    grown = g.cumsum(2).exp()
 
     scores = case.scale * product("nthrk,njhk->nhrtj", q, k)
     logits = product("nhrtj,nhtjm->nhrtm", scores, weight)
@@ -77,8 +68,52 @@ def unrolled(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor
     if "hk" in x:
         last = grown[:, :, -1]
         hk, hv = hk + x["hk"] * last[:, :, None], hv + x["hv"] * last[..., None]
+    return _as_given(o, place, case).to(dtype), hk, hv
+
+
+def unrolled_linear(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(o, state) of gated linear attention likewise: o_t = scale (Σ_j (q_t · k_j ∘ e^{E_tj}) v_j + S₀ᵀ (q_t ∘ e_t)),
+    S_T = Σ_j (k_j ∘ e^{E_Tj}) ⊗ v_j + e_T ∘ S₀."""
+    x, place = _wide(x, case, dtype)
+    q, k, v, g = (x[name] for name in "qkvg")
+    decay, grown = _decays(g)
+    weight = decay * k.transpose(1, 2)[:, :, None]  # [n, H, t, j, K]
+    q = q.permute(0, 2, 3, 1, 4)  # [n, H, R, T, K]
+
+    def product(spec: str, left: Tensor, right: Tensor) -> Tensor:
+        return _Product.apply(spec, left, right, dtype)
+
+    o = product("nhrtj,njhv->nthrv", product("nhrtk,nhtjk->nhrtj", q, weight), v)
+    state = product("nhjk,njhv->nhkv", weight[:, :, -1], v)
+    if "state" in x:
+        o = o + product("nhrtk,nhkv->nthrv", q * grown[:, :, None], x["state"])
+        state = state + x["state"] * grown[:, :, -1, :, None]
+    return _as_given(case.scale * o, place, case).to(dtype), state
+
+
+def _wide(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensor | None]:
+    """x in the format of sums, packed sequences as a batch (`_places` says how), query heads [n, T, H, R, K]."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    place = None if case.lengths is None else _places(case.lengths, x["q"].device)
+    x = {name: tensor.to(wide) for name, tensor in x.items()}
+    if place is not None:
+        x = {name: _padded(tensor, place) if name in "qkvgs" else tensor for name, tensor in x.items()}
+    return x | {"q": x["q"].unflatten(2, (case.H, case.HQ // case.H))}, place
+
+
+def _as_given(o: Tensor, place: Tensor | None, case: Case) -> Tensor:
+    """o [n, T, H, R, V] as q came."""
     o = o.flatten(2, 3)
-    return (o if place is None else o[place < case.T][None]).to(dtype), hk, hv
+    return o if place is None else o[place < case.T][None]
+
+
+def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Of g [n, T, H, M]: e^{E_tj} [n, H, t, j, M], 0 for j > t, and e_t [n, H, T, M]."""
+    g = g.transpose(1, 2)
+    t = torch.arange(g.shape[2], device=g.device)
+    after, seen = (t[:, None] > t)[..., None], (t[:, None] >= t)[..., None]
+    exponent = torch.where(after, g[:, :, :, None], 0.0).cumsum(2)
+    return torch.where(seen, exponent.exp(), 0.0), g.cumsum(2).exp()
 
 
 def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -111,6 +146,12 @@ def _results(x, case, dtype, leaves, final):
     return with_gradients(results, x, leaves)
 
 
+def linear_results(x: Tensors, case: Case, dtype: torch.dtype) -> Tensors:
+    """Results and gradients of gated linear attention: `truth` in float64, `plain` in the dtype of q, k, v."""
+    leaves = {name: tensor.double() for name, tensor in x.items()} if dtype == torch.float64 else x
+    return linear.with_gradients(lambda z: unrolled_linear(z, case, dtype), leaves)
+
+
 def o_alone(o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """o and two empty states: what to hand to `with_gradients` where no final state is asked for."""
     return o, o.new_zeros(0), o.new_zeros(0)
@@ -129,10 +170,24 @@ def verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units:
 
     The final states have no floor in the inputs' dtype: they are float32, and are not to be rounded on their way.
     """
-    exact, usual = truth(x, case, final), plain(x, case, final)
-    assert result.keys() == exact.keys()
-    half = torch.finfo(x["q"].dtype).eps / 2
+    exact = truth(x, case, final)
     moved = (exact["dv"] * x["v"].double()).norm()
+    compare(result, exact, plain(x, case, final), x["q"].dtype, moved, ("dq", "dhk", "dg"), times, units)
+
+
+def linear_verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units: int = 8) -> None:
+    """The same of gated linear attention. dg alone is a difference of sums there, Σ_{t≥i} q_t ∘ dq_t and the same of
+    k ∘ dk: `plain` adds up what is left of them pair by pair, which nothing that takes chunks can do."""
+    exact, usual = (linear_results(x, case, dtype) for dtype in (torch.float64, x["q"].dtype))
+    parts = (exact["dk"] * x["k"].double()).split(list(case.lengths or [case.T]), 1)
+    moved = torch.cat([part.flip(1).cumsum(1) for part in parts], 1).norm()
+    compare(result, exact, usual, x["q"].dtype, moved, ("dg",), times, units)
+
+
+def compare(result, exact, usual, dtype, moved, differences, times, units) -> None:
+    """`verdict`, given truth and plain; `moved` is the size of what `differences` are the differences of."""
+    assert result.keys() == exact.keys()
+    half = torch.finfo(dtype).eps / 2
     wrong = []
     for name, y in result.items():
         want = exact[name]
@@ -143,9 +198,9 @@ def verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units:
             continue
         size = want.norm()
         floor = units * EPS * (size + (moved if name.startswith("d") else 0.0)) + TINY * want.numel() ** 0.5
-        if name not in ("hk", "hv"):
+        if name not in ("hk", "hv", "final"):
             luck = 1 + 2 / max(1, want.numel()) ** 0.5
-            floor = max(floor, luck * half * (size + (moved if name in ("dq", "dhk", "dg") else 0.0)))
+            floor = max(floor, luck * half * (size + (moved if name in differences else 0.0)))
         error, allowed = (y.double() - want).norm(), max(times * (usual[name].double() - want).norm(), floor)
         if error > allowed:
             wrong.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {size:.2e}")

@@ -44,7 +44,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """float32 as bits of the nearest bfloat16, ties to even."""
-    bits = _bits(x)
+    bits = x.view(np.uint32)
     nearest = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), nearest)
 
@@ -58,9 +58,5 @@ def _operand(x: np.ndarray, is_bfloat16: bool, tf32: bool) -> np.ndarray:
     if is_bfloat16:
         return from_bfloat16(x)
     if x.dtype == np.float32 and tf32:
-        return (_bits(x) & np.uint32(0xFFFFE000)).view(np.float32)
+        return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     return x.astype(np.float32)
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view(np.uint32)

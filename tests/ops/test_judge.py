@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from . import test_linear as linear
 from .helpers import Case, call, make, oracle, rounded, with_gradients
-from .judge import distance, plain, truth, verdict
+from .judge import distance, linear_results, linear_verdict, plain, truth, verdict
 
 CASES = [
     Case(T=40, HQ=4, H=2, scale=0.7),
@@ -22,6 +23,19 @@ def test_the_truth_is_the_recurrence(case, strong):
     if strong and case.T:
         x["g"][:, 3], x["g"][:, 9, :, 2], x["g"][:, 20:, 0] = -1e30, float("-inf"), -70.0
     found, wanted = truth(x, case), oracle(x, case, torch.float64)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("case", [Case(T=40, HQ=4, H=2, scale=0.7), *CASES[2:]], ids=str)
+@pytest.mark.parametrize("one_gate", [False, True])
+def test_the_truth_of_gated_linear_attention_is_the_recurrence(case, one_gate):
+    x = {name: y.double() for name, y in linear.make(case, one_gate=one_gate).items()}
+    if case.T:
+        x["g"][:, 3], x["g"][:, 20:, 0] = -1e30, -70.0
+    found = linear_results(x, case, torch.float64)
+    wanted = linear.with_gradients(lambda z: linear.recurrence(z, case, torch.float64), x)
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
         torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-11, msg=name)
@@ -72,3 +86,13 @@ def test_the_verdict_lets_the_right_pass(dtype):
 def test_the_verdict_refuses_the_wrong(which, dtype):
     with pytest.raises(AssertionError, match="not finite" if which == "nan" else "error"):
         verdict(*spoiled(which, dtype), CASE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_verdict_on_gated_linear_attention(dtype):
+    x = rounded(linear.make(CASE), dtype)
+    result = linear.run("chunk", x, CASE)
+    linear_verdict(result, x, CASE)
+    for name, y in result.items():
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            linear_verdict(result | {name: y * 1.03}, x, CASE)

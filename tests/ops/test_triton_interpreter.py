@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU, in float32.
+"""The Triton kernels in Triton's interpreter, on the CPU: in float32, and in 16-bit formats with a GPU's rounding.
 
 The interpreter is chosen when triton is imported, so these tests run in a process of their own: collected
 without TRITON_INTERPRET=1, this file is one test that starts it.
@@ -14,11 +14,16 @@ import torch
 
 from flash_gsa import gated_linear_attention
 
+from . import judge, rounding
 from . import test_linear as linear
-from .helpers import Case, Tensors, call, check, make, run, with_gradients
+from .helpers import Case, Tensors, call, check, make, rounded, run, with_gradients
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
+import triton
+import triton.language as tl
+
+from flash_gsa.ops.triton import backward, chunks, forward
 from flash_gsa.ops.triton import plan as plans
 
 # A sum of gates near -60, rounded to float32, moves its exponential by 60 half units; a product takes two of them.
@@ -61,6 +66,33 @@ def forgetting(place: str, g: torch.Tensor, BT: int) -> torch.Tensor:
     elif place == "neighbours":
         g[:, (token > 9) & (token < 14), :, 1] = -80.0
     return g
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def as_on_a_gpu():
+    with rounding.as_on_a_gpu():
+        yield
+
+
+@triton.jit
+def cut_mm(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
+    """`chunks.mm` without its rounding."""
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def convert_and_multiply(x, low, back, product, PRECISION: tl.constexpr):
+    """Of x [16, 16]: x in low's format, that in float32, and with it x xᵀ, of low's format and of float32."""
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    given = tl.load(x + at)
+    lower = given.to(low.dtype.element_ty)
+    tl.store(low + at, lower)
+    tl.store(back + at, lower.to(tl.float32))
+    tl.store(product + at, tl.dot(lower, tl.trans(lower), input_precision=PRECISION))
+    tl.store(product + 256 + at, tl.dot(given, tl.trans(given), input_precision=PRECISION))
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -323,3 +355,79 @@ else:
         assert state is None
         start = {name: y for name, y in x.items() if name != "state"}
         assert torch.equal(o, linear.call("triton", start, SMALL)[0])
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    @pytest.mark.parametrize("precision", ["tf32", "ieee"])
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_rounding_is_that_of_a_gpu(dtype, precision):
+        x = torch.randn(16, 16)
+        x[0, :5] = torch.tensor([0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 2**-130])  # two ties; below bfloat16's normals
+        low, back, product = x.to(dtype), torch.empty_like(x), torch.empty(2, 16, 16)
+        found = torch.empty_like(low)
+        convert_and_multiply[(1,)](x, found, back, product, precision)
+        assert torch.equal(found.view(torch.int16), low.view(torch.int16))
+        assert torch.equal(back, low.float())
+        torch.testing.assert_close(product[0], low.float() @ low.float().T, rtol=0, atol=1e-5)
+        cut = (x.view(torch.int32) & ~0x1FFF).view(torch.float32) if precision == "tf32" else x
+        torch.testing.assert_close(product[1], cut @ cut.T, rtol=0, atol=1e-5)
+
+    def test_rounding_leaves_no_trace():
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        before = dict(vars(InterpreterBuilder))
+        with rounding.as_on_a_gpu():
+            assert dict(vars(InterpreterBuilder)) != before
+        assert dict(vars(InterpreterBuilder)) == before
+
+    # In bfloat16 these are chunks of two blocks of 64, with grouped queries of one block; in float16 of one block.
+    TWO_BLOCKS = Case(T=100, B=1, HQ=1, H=1, K=16, V=20, M=9)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            TWO_BLOCKS,
+            Case(T=130, B=1, HQ=1, H=1, K=20, V=16, M=17, state=False),
+            Case(T=70, B=1, HQ=4, H=2, K=16, V=20, M=9, strength=True, scale=0.35),
+            Case(lengths=(0, 17, 100, 3), HQ=1, H=1, K=16, V=16, M=16),
+        ],
+        ids=str,
+    )
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_16_bit_formats_are_as_near_to_float64_as_plain_pytorch(case, dtype):
+        x = rounded(make(case), dtype)
+        judge.verdict(run("triton", x, case), x, case)
+
+    @pytest.mark.parametrize(
+        ("place", "dtype"),
+        [("start of a group of 32", BF16), ("start of a group of 32", FP16), ("neighbours", BF16)],
+        ids=str,
+    )
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_16_bit_formats_with_strong_gates(place, dtype):
+        x = rounded(make(TWO_BLOCKS), dtype)
+        x["g"] = forgetting(place, x["g"], 64)
+        judge.verdict(run("triton", x, TWO_BLOCKS), x, TWO_BLOCKS, units=STRONG)
+
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_float16_needs_operands_rounded_to_tf32(monkeypatch):
+        for module in (chunks, forward, backward):
+            monkeypatch.setattr(module, "mm", cut_mm)
+        x = rounded(make(TWO_BLOCKS), FP16)
+        with pytest.raises(AssertionError, match="error"):
+            judge.verdict(run("triton", x, TWO_BLOCKS), x, TWO_BLOCKS)
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=100, B=1, HQ=1, H=1, K=16, V=20),
+            Case(T=70, B=1, HQ=4, H=2, K=20, V=16, scale=0.35),
+            Case(lengths=(0, 17, 100, 3), HQ=1, H=1, K=16, V=16),
+        ],
+        ids=str,
+    )
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_gated_linear_attention_in_16_bit_formats(case, dtype):
+        x = rounded(linear.make(case), dtype)
+        judge.linear_verdict(linear.run("triton", x, case), x, case)
