@@ -18,7 +18,7 @@ def prepare(
     """Of every token, head and slot [·, H, M], with G_t = Σ_{i≤t} g_i over its block up to t and G_B over the block:
 
         until = G_t,   shrunk = s_t e^{-G_t} (the exponent cut at RANGE),   kept = s_t e^{G_B - G_t},
-        level = 0 to 3, the reference its products take (see chunks.py); not written if none in the block is above 0;
+        level = 0 to 3, the reference its products take (see chunks.py);
         levels [chunks, C / BT, H, SLICES] = which occur in a slice of the slots, 2^(l-1) summed over those above 0.
 
     Sums are in until's dtype: float64 for float32 inputs, so that differences of sums keep float32's digits.
@@ -64,8 +64,8 @@ def prepare(
         bits = tl.where(need > 0, 1 << tl.maximum(need - 1, 0), 0)
         for bit in tl.static_range(3):
             found += tl.max(tl.max(bits & (1 << bit), axis=1), axis=0)
-    elif SLICES > 1:
-        # Where another slice of the block has levels above 0, those of this one are read too.
+    else:
+        # Read where another slice of the block has levels above 0; and what an operator gives back is always written.
         store_rows(level, tl.zeros([BT, BS], tl.int8), left, d, BT, H * M, M, BS)
     tl.store(levels + program, found)
 
