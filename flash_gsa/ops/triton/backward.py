@@ -109,7 +109,7 @@ def states_backward(
     PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones;
-    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhk, dhv may be the memory of hk, hv.
+    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhv may be the memory of hv.
 
     The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
     a sequence's first.

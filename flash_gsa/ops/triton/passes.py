@@ -70,13 +70,14 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
         )  # fmt: skip
         # Peak memory: dhk lies where dv will come to lie when it is not needed any more, dhv where hv was.
-        dhk = dv.view(-1)[: hk.numel()].view_as(hk) if hk.dtype == dv.dtype and hk.numel() <= dv.numel() else None
-        dhk = torch.empty_like(hk) if dhk is None else dhk
+        room = dv.view(-1)[: hk.numel()]
+        fits = room.dtype == hk.dtype and room.numel() == hk.numel()
+        dhk = room.view_as(hk) if fits else torch.empty_like(hk)
         dhv = hv if last_use else torch.empty_like(hv)
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-            (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None, R=plan.R,
+            (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None,
         )  # fmt: skip
         both = (passed, g, strength, *gates)
         of_keys = (q, k, hk, dhk, read_dl, dl, *both, dq, dk, None, dwrite, dg)
@@ -141,7 +142,7 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
-            (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None, R=plan.R,
+            (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None,
         )  # fmt: skip
         only = (do, v, h, dh, read, q, passed, g, k, *gates, None, dv, None, dk, dg)
         _inputs_backward(plan, parts, (only,), (scale,))

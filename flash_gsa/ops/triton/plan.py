@@ -31,8 +31,8 @@ def _parameters(kernel) -> frozenset[str]:
 def padded(M: int, dtype: torch.dtype) -> int:
     """Slots as tiles hold them: a power of two, at least 16, in 16-bit formats 64.
 
-    Hopper's products have 64 rows; with fewer slots Triton 3.6 takes older instructions, whose results were wrong in
-    bfloat16 where a row of slots is a multiple of 16 bytes (seen on an H100 with 16 and 32 slots).
+    With 16 and 32 slots in tiles of their own size, tests in bfloat16 failed on an H100; with 64 rows, as Hopper's own
+    products have, they pass. The cause was not found.
     """
     return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(M))
 
@@ -83,19 +83,27 @@ class Plan:
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
         self.blocks = C // self.tiles.BT
-        self.sizes = {"H": self.H, "M": self.M, "C": C, "BT": self.tiles.BT, "PACKED": cu_seqlens is not None}
-        self.widths = {
+        BM = padded(self.M, q.dtype)
+        self.slice = min(64, BM)  # slots that one program prepares
+        self.slot_slices = BM // self.slice
+        self.constants = {
+            "H": self.H,
+            "R": self.R,
             "K": self.K,
             "V": self.V,
-            "BM": padded(self.M, q.dtype),
+            "M": self.M,
+            "BM": BM,
+            "C": C,
+            "BT": self.tiles.BT,
+            "PACKED": cu_seqlens is not None,
+            "LINEAR": linear,
+            "HAS_S": has_s,
+            "RANGE": RANGE,
+            "SLICES": self.slot_slices,
             # float16 has too little range for e^{±G}; its products with gates are done in TF32, of equal precision.
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        # Slots that one program prepares.
-        self.slice = min(64, self.widths["BM"])
-        self.slot_slices = self.widths["BM"] // self.slice
-        self.near = {"RANGE": RANGE, "HAS_S": has_s, "SLICES": self.slot_slices, "LINEAR": linear}
 
     @functools.cached_property
     def segments(self) -> Parts:
@@ -155,35 +163,35 @@ class Plan:
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
-        constants = self.sizes | self.near | {"BS": self.slice}
-        del constants["LINEAR"]
-        launching.launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), constants, warps=4)
+        self._launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), {"BS": self.slice}, warps=4)
 
     def complete(self, kernel, *arguments, **constants) -> None:
         """Launch a kernel over blocks and heads that only touches gates."""
         programs = self.chunks.count * self.blocks * self.H
-        constants |= self.sizes | {"BM": self.widths["BM"]}
-        launching.launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps=4)
+        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps=4)
 
     def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
-        slices = self.slices(tile)
-        programs = self.segments.count * self.H * slices
+        programs = self.segments.count * self.H * self.slices(tile)
         table = (*self.tables[1], self.segment_chunks, *scales)
-        constants |= self.sizes | self.widths | {"BD": tile.BD}
+        constants["BD"] = tile.BD
         local: tuple[Tensor | None, ...] = (None, None, None)
         if self.split:
             decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
             local = (*self._pair(like, self.segments.count, torch.float32), decay)
-            only = constants | {"LOCAL": True, "SPLIT": False}
-            launching.launch(kernel, programs, (*arguments, *local, *table), only, tile.warps, tile.stages)
+            alone = constants | {"LOCAL": True, "SPLIT": False}
+            self._launch(kernel, programs, (*arguments, *local, *table), alone, tile.warps, tile.stages)
         constants |= {"LOCAL": False, "SPLIT": self.split}
-        launching.launch(kernel, programs, (*arguments, *local, *table), constants, tile.warps, tile.stages)
+        self._launch(kernel, programs, (*arguments, *local, *table), constants, tile.warps, tile.stages)
 
     def launch(self, kernel, tile, programs: int, arguments, scales, **constants) -> None:
-        """Launch a kernel over chunks, `programs` of them for each; constants it has no use for are left out."""
-        constants |= self.sizes | self.widths | self.near | {"R": self.R, "BD": tile.BD}
-        takes = _parameters(kernel)
-        constants = {name: value for name, value in constants.items() if name in takes}
+        """Launch a kernel over chunks, `programs` of them for each."""
+        constants["BD"] = tile.BD
         arguments = (*arguments, *self.tables[0], *scales)
-        launching.launch(kernel, self.chunks.count * programs, arguments, constants, tile.warps, tile.stages)
+        self._launch(kernel, self.chunks.count * programs, arguments, constants, tile.warps, tile.stages)
+
+    def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, warps: int, stages: int = 1) -> None:
+        """Launch with `constants`, and of the plan's own those that the kernel has."""
+        takes = _parameters(kernel)
+        own = {name: value for name, value in self.constants.items() if name in takes}
+        launching.launch(kernel, programs, arguments, own | constants, warps, stages)
