@@ -16,10 +16,14 @@ part of s ∘ ds that comes from dK̃₁ for t ≥ i, so it is summed over t < i
 start anew in every chunk.
 """
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .chunks import (
+    blocks_that_last,
     load_levels,
     load_rows,
     load_sum,
@@ -29,12 +33,17 @@ from .chunks import (
     near_attention,
     near_attention_any,
     near_logits,
+    near_logits_any,
     near_writes,
     products,
     store_rows,
     sums_over_tokens,
     time_order,
 )
+
+# The interpreter knows nothing of libdevice.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+SMALLEST = tl.constexpr(1.1754944e-38)  # the smallest normal number of float32
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
@@ -67,20 +76,49 @@ def values_backward(
     gates = row * M
     found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
 
+    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
+    passed = tl.exp(load_sum(until, -1, place > 0, H, M, BM))
+    # Twice the code, so that the loop which nearly every block takes has no branches in it.
+    if found > 0:
+        total = _of_values(
+            q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            row_q, passed, found, left, before, scale,
+            H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        total = _of_values(
+            q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            row_q, passed, 0, left, before, scale,
+            H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, False, DOT, PRECISION,
+        )  # fmt: skip
+    store_rows(reached + gates, total, left, 0, BT, H * M, M, BM)
+
+
+@triton.jit
+def _of_values(
+    q, v, g, s, until, shrunk, kept, level, hv, p, lse, do, dq, dl, read_p, read_dl, row, passed, levels, left, before,
+    scale,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
+    ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur. Gives what is reached."""
     ot = tl.arange(0, BT)
-    passed = tl.exp(load_sum(until + gates, -1, place > 0, H, M, BM))
+    grown = tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
     total = tl.zeros([BT, BM], tl.float32)
     for r in range(R):
-        at = (row_q + r) * M
+        at = (row + r) * M
         scores, old = products(
-            do + (row_q + r) * V, v + row * V, hv + state * V, kept + gates, passed, left, before, scale,
+            do + (row + r) * V, v, hv, kept, passed, left, before, scale,
             BT, C, H * R * V, H * V, V, BD, H, M, BM, DOT, PRECISION,
         )  # fmt: skip
-        dp = near_logits(
-            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
-            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
-        )  # fmt: skip
-        grown = tl.exp(load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
+        if ANY:
+            dp = near_logits_any(
+                scores, old, grown, g, s, until, shrunk, level, levels, left,
+                BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+            )  # fmt: skip
+        else:
+            dp = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
         if LINEAR:
             weight = load_rows(q + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
             store_rows(dq + at, dp, left, 0, BT, H * R * M, M, BM)
@@ -89,15 +127,20 @@ def values_backward(
             # p was rounded: divided by its sum, its mean of dp is exact for what all slots have in common.
             mean = tl.sum(weight * dp, axis=1) / tl.maximum(tl.sum(weight, axis=1), 1e-30)
             dlogits = weight * (dp - mean[:, None])
-            sums = tl.load(lse + row_q + r + ot * (H * R), mask=ot < left, other=0.0)
-            z = tl.where(weight > 0, tl.log(tl.where(weight > 0, weight, 1.0)) + sums[:, None], 0.0)
-            total += dlogits * z
+            sums = tl.load(lse + row + r + ot * (H * R), mask=ot < left, other=0.0)
+            # p of 0 has no logarithm, and no share in dlogits either.
+            positive = tl.maximum(weight, SMALLEST)
+            if INTERPRETED or PRECISION == "ieee":
+                logits = tl.log(positive) + sums[:, None]
+            else:
+                logits = libdevice.fast_logf(positive) + sums[:, None]  # a tenth of the instructions
+            total += dlogits * logits
             store_rows(read_dl + at, dlogits * grown, left, 0, BT, H * R * M, M, BM)
-            if found > 0:
+            if ANY:
                 store_rows(dl + at, dlogits, left, 0, BT, H * R * M, M, BM)
         total += weight * dp
         store_rows(read_p + at, weight * grown, left, 0, BT, H * R * M, M, BM)
-    store_rows(reached + gates, total, left, 0, BT, H * M, M, BM)
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
@@ -112,7 +155,7 @@ def states_backward(
     passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhv may be the memory of hv.
 
     The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
-    a sequence's first.
+    a sequence's first, from the last block on that is read through the gates before it.
     """
     KEY_PARTS: tl.constexpr = (K + BD - 1) // BD
     PARTS: tl.constexpr = KEY_PARTS + (V + BD - 1) // BD
@@ -158,7 +201,10 @@ def states_backward(
 
     steps = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
     all_gates = tl.zeros([BM], tl.float32)
-    if not LOCAL:
+    if LOCAL:
+        sums = until + (start * H + h) * M
+        steps = blocks_that_last(sums, steps, (end - start).to(tl.int32), False, BT, H, M, BM)
+    else:
         before = tl.load(states + ((chunk + (steps - 1) // BLOCKS) * H + h) * one + at_state, mask=inside, other=0.0)
     for back in range(steps):
         i = steps - 1 - back
@@ -210,11 +256,11 @@ def states_backward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def inputs_backward(
-    y, x, h, dh, read, weights, passed, g, s, until, shrunk, kept, level, levels, dy, dx, dwrite, ds, dg, onward_sums,
-    later_sums, cu_seqlens, chunk_sequence, first_chunk, T, sequences, factor,
+    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, levels, dy, dx, written_sum, carried_sum, cu_seqlens,
+    chunk_sequence, first_chunk, T, sequences, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass, (x, y) = (k, q) or (v, do), of one block and kv head. With near_tj what token t reads of j, read_t what
@@ -222,10 +268,9 @@ def inputs_backward(
 
     dx_j = factor · Σ_{t≥j} near_tj y_t + kept_j dh;  QUERIES: dy_t = factor · (Σ_{j≤t} near_tj x_j + read_t h)
 
-    t up to the chunk's end and j from its start, dx [·, H, D], dy [·, HQ, D]. The pass's share of ds [·, H, M] and of
-    dg [·, H, M], which holds what `values_backward` calls reached for the FIRST pass and what that made of it for the
-    other; between them dwrite has that of ds, where s is given. What a block's gates owe to the other block of the
-    chunk is two sums over that block's tokens, onward_sums and later_sums [chunks, C/BT, H, M]: see `across_blocks`.
+    t up to the chunk's end and j from its start, dx [·, H, D], dy [·, HQ, D]. Both parts of ds [·, H, M] for
+    `gates_backward`, that from tokens of the chunk and that from the state behind it: written_sum and carried_sum,
+    begun by the FIRST pass.
 
     Every slice of x and y is read once: until a second time, other programs read more than the L2 cache holds.
     Grid: (chunks·C/BT·H,), the blocks of a chunk next to each other, so that what both read comes from L2.
@@ -245,8 +290,7 @@ def inputs_backward(
     after = left - BT
     row, row_q = token * H + head, token * (H * R) + head * R
     state = (chunk * H + head).to(tl.int64) * M
-    block = (chunk * BLOCKS + place) * H + head
-    found = load_levels(levels, block, SLICES)
+    found = load_levels(levels, (chunk * BLOCKS + place) * H + head, SLICES)
     gates = row * M
     g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
     y, x, dx, dh = y + row_q * D, x + row * D, dx + row * D, dh + state * D
@@ -257,13 +301,98 @@ def inputs_backward(
         gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
         writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
     writing = writing.to(DOT)
+    # Twice the code, so that what nearly every block takes has no branches in it.
+    if found > 0:
+        written, carried = _of_inputs(
+            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row_q,
+            found, left, before, factor,
+            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, True, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        written, carried = _of_inputs(
+            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row_q,
+            0, left, before, factor,
+            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, False, DOT, PRECISION,
+        )  # fmt: skip
+
+    # Not before the loop's tiles are done with: all at once they would not fit the registers.
+    tl.debug_barrier()
+    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    if C > BT:
+        through += load_sum(until, left - 1, after > 0, H, M, BM)
+    carried *= tl.exp(through[None, :] - load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    if not FIRST:
+        written += load_rows(written_sum + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
+        carried += load_rows(carried_sum + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
+    store_rows(written_sum + gates, written, left, 0, BT, H * M, M, BM)
+    store_rows(carried_sum + gates, carried, left, 0, BT, H * M, M, BM)
+
+
+@triton.jit(do_not_specialize=["T", "sequences"])
+def gates_backward(
+    g, s, until, passed, written, carried, dg, ds, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
+    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
+    SLICES: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """ds = written + carried [·, H, M], and dg [·, H, M], which holds what `values_backward` calls reached: of one chunk,
+    a head and a slice of BS slots. Where s is derived from g, its gradient becomes part of dg.
+
+    Grid: (chunks·H·SLICES,).
+    """
+    program = tl.program_id(0)
+    part, h, chunk = program % SLICES, program // SLICES % H, program // (SLICES * H)
+    if PACKED:
+        if chunk >= tl.load(first_chunk + sequences):
+            return
+    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    left = tl.minimum(end - start, C).to(tl.int32)
+    d = part * BS
+    base = (start * H + h) * M
+    om = d + tl.arange(0, BS)
+
+    through = tl.zeros([BS], tl.float32)
+    for block in tl.static_range(C // BT):
+        last = tl.minimum(left, (block + 1) * BT) - 1
+        there = om < tl.where(left > block * BT, M, 0)
+        through += tl.load(until + base + last * (H * M) + om, mask=there, other=0.0).to(tl.float32)
+    product = tl.zeros([BS], tl.float32)
+    for i in range(PARTS):
+        product += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+
+    write = load_write(g + base, s + base, left, d, C, H, M, BS, HAS_S)
+    inside = load_rows(written + base, left, d, C, H * M, M, BS).to(tl.float32)
+    behind = load_rows(carried + base, left, d, C, H * M, M, BS).to(tl.float32)
+    onward = load_rows(dg + base, left, d, C, H * M, M, BS) - write * inside
+    later = write * behind
+    total = sums_over_tokens(later, C, False, DOT) - later
+    total += sums_over_tokens(onward, C, True, DOT) + (product * tl.exp(through))[None, :]
+    if HAS_S:
+        store_rows(ds + base, inside + behind, left, d, C, H * M, M, BS)
+    else:
+        total -= tl.exp(load_rows(g + base, left, d, C, H * M, M, BS).to(tl.float32)) * (inside + behind)
+    store_rows(dg + base, total, left, d, C, H * M, M, BS)
+
+
+@triton.jit
+def _of_inputs(
+    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row, levels, left, before, factor,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
+    ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The loops of `inputs_backward`: they store dy and dx and give what a block writes and carries [BT, BM].
+
+    ANY: with levels above 0, which occur. Otherwise what several query heads write is summed before gates meet it.
+    """
+    after = left - BT
     written = tl.zeros([BT, BM], tl.float32)
+    behind = tl.zeros([BT, BM], tl.float32)
     carried = tl.zeros([BT, BM], tl.float32)
     scores = tl.zeros([BT, BT], tl.float32)
     scores_after = tl.zeros([BT, BT], tl.float32)
     if R == 1:
         near, near_after, near_before, of_state = _weights(
-            read, weights, g, s, until, shrunk, kept, level, found, left, before,
+            read, weights, g, s, until, shrunk, kept, level, levels, left, before,
             H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
         )  # fmt: skip
     for d in range(0, D, BD):
@@ -274,117 +403,46 @@ def inputs_backward(
         for r in range(R):
             if R > 1:
                 near, near_after, near_before, of_state = _weights(
-                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, found, left, before,
+                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, levels, left, before,
                     H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
                 )  # fmt: skip
                 scores = tl.zeros([BT, BT], tl.float32)
                 scores_after = tl.zeros([BT, BT], tl.float32)
             yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
             scores = mm(yd, tl.trans(xd), scores, PRECISION=PRECISION)
-            if QUERIES:
-                hd = load_rows(h + state * D, M, d, BM, D, D, BD).to(DOT)
-                grad = mm(of_state, hd, PRECISION=PRECISION)
-                grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
-                if C > BT:
-                    wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
-                    grad = mm(near_before, wd.to(DOT), grad, PRECISION=PRECISION)
-                store_rows(dy + (row_q + r) * D, grad * factor, left, d, BT, H * R * D, D, BD)
             out = mm(tl.trans(near), yd.to(DOT), out, PRECISION=PRECISION)
             if C > BT:
                 zd = load_rows(y + (r + BT * H * R) * D, after, d, BT, H * R * D, D, BD)
                 scores_after = mm(zd, tl.trans(xd), scores_after, PRECISION=PRECISION)
                 out = mm(near_after, zd.to(DOT), out, PRECISION=PRECISION)
             if R > 1:
-                written += _written(
-                    scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level, found, left,
-                    H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+                written, behind = _write(
+                    written, behind, scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level,
+                    levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
+            if QUERIES:
+                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
+                grad = mm(of_state, hd, PRECISION=PRECISION)
+                grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
+                if C > BT:
+                    wd = load_rows(x - BT * H * D, before, d, BT, H * D, D, BD)
+                    grad = mm(near_before, wd.to(DOT), grad, PRECISION=PRECISION)
+                store_rows(dy + (row + r) * D, grad * factor, left, d, BT, H * R * D, D, BD)
         out = mm(writing, dhd, out * factor, PRECISION=PRECISION)
         store_rows(dx, out, left, d, BT, H * D, D, BD)
     if R == 1:
-        tl.debug_barrier()
-        written = _written(
-            scores * factor, scores_after * factor, read, weights, until, level, found, left,
-            H, R, M, C, BT, BM, RANGE, DOT, PRECISION,
+        tl.debug_barrier()  # not before the loop's tiles are done with: all at once they would not fit the registers
+        written, behind = _write(
+            written, behind, scores * factor, scores_after * factor, read, weights, until, level,
+            levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
         )  # fmt: skip
-
-    # One tile after the other: the barriers keep the compiler from loading all at once and spilling them.
-    tl.debug_barrier()
-    om = tl.arange(0, BM)
-    ot = tl.arange(0, BT)
-    at = block.to(tl.int64) * M + om[None, :] + tl.zeros([BT, 1], tl.int64)
-    slots = (om < M)[None, :]
-    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
+    if not ANY:
+        written *= tl.exp(-sums)
     if C > BT:
-        through += load_sum(until, left - 1, after > 0, H, M, BM)
-    carried *= tl.exp(through[None, :] - load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
-    tl.debug_barrier()
-    write = load_write(g, s, left, BT, H, M, BM, HAS_S)
-    later = write * carried
-    onward = -write * written
-    written += carried
-    tl.debug_barrier()
-    total = sums_over_tokens(later, BT, False, DOT)
-    if C > BT:
-        tl.store(later_sums + at, total, mask=(ot == BT - 1)[:, None] & slots)
-    total -= later
-    known = load_rows(dg + gates, left, 0, BT, H * M, M, BM)
-    if FIRST:
-        onward += known
-        if C > BT:
-            through += load_sum(until, -1, place > 0, H, M, BM)
-        product = tl.zeros([BM], tl.float32)
-        for i in range(PARTS):
-            product += tl.load(passed + ((chunk * H + head).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
-        total += (product * tl.exp(through))[None, :]
-    else:
-        total += known
-    tl.debug_barrier()
-    onward = sums_over_tokens(onward, BT, True, DOT)
-    if C > BT:
-        tl.store(onward_sums + at, onward, mask=(ot == 0)[:, None] & slots)
-    total += onward
-    tl.debug_barrier()
-    if HAS_S:
-        if not FIRST:
-            written += load_rows(dwrite + gates, left, 0, BT, H * M, M, BM)
-        store_rows(ds + gates, written, left, 0, BT, H * M, M, BM)
-    else:
-        total -= tl.exp(load_rows(g, left, 0, BT, H * M, M, BM).to(tl.float32)) * written
-    store_rows(dg + gates, total, left, 0, BT, H * M, M, BM)
-
-
-@triton.jit(do_not_specialize=["T", "sequences", "passes_apart"])
-def across_blocks(
-    dg, onward_sums, later_sums, passes_apart, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
-    PASSES: tl.constexpr,
-):  # fmt: skip
-    """Completes dg [·, H, M] of chunks of two blocks: gates of the first act on all that the second's tokens read,
-    those of the second on all that the first's left in the state. The sums are those of PASSES passes after each other.
-    Grid: (chunks·2·H,)."""
-    BLOCKS: tl.constexpr = C // BT
-    program = tl.program_id(0)
-    h, place, chunk = program % H, program // H % BLOCKS, program // (H * BLOCKS)
-    if PACKED:
-        if chunk >= tl.load(first_chunk + sequences):
-            return
-    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
-    if start + BT >= end:
-        return
-    token = start + place * BT
-    left = tl.minimum(end - token, BT).to(tl.int32)
-    om = tl.arange(0, BM)
-    other = ((chunk * BLOCKS + 1 - place) * H + h).to(tl.int64) * M + om
-    sums = onward_sums
-    if place > 0:
-        sums = later_sums
-    owed = tl.zeros([BM], tl.float32)
-    for i in tl.static_range(PASSES):
-        owed += tl.load(sums + other + i * passes_apart, mask=om < M, other=0.0)
-    gates = dg + (token * H + h) * M
-    total = load_rows(gates, left, 0, BT, H * M, M, BM) + owed[None, :]
-    store_rows(gates, total, left, 0, BT, H * M, M, BM)
+        rest = load_sum(until, BT - 1, after > 0, H, M, BM)[None, :] - sums
+        written += tl.exp(tl.minimum(rest, 0.0)) * behind
+    return written, carried
 
 
 @triton.jit
@@ -420,23 +478,24 @@ def _weights(
 
 
 @triton.jit
-def _written(
-    scores, scores_after, read, weights, until, level, levels, left,
+def _write(
+    written, behind, scores, scores_after, read, weights, until, level, levels, left,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    RANGE: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What scores [BT (t), BT (j)] add to ds_j [BT, BM]: y_t·x_j for t in the same block, and in the one after."""
+    """Both with what scores [BT (t), BT (j)], y_t·x_j, add to ds_j: for t in the same block, and in the one after, the
+    latter without e^{G_B - G_j}; without e^{-G_j} also the former unless ANY."""
     ot = tl.arange(0, BT)
     turned = tl.trans(tl.where(ot[:, None] >= ot[None, :], scores, 0.0).to(DOT))
     reading = load_rows(read, left, 0, BT, H * R * M, M, BM).to(DOT)
-    weight = reading
-    if levels > 0:
+    if ANY:
         weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(DOT)
-    total = near_writes(turned, reading, weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION)
+        written += near_writes(
+            turned, reading, weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
+        )  # fmt: skip
+    else:
+        written = mm(turned, reading, written, PRECISION=PRECISION)
     if C > BT:
-        behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
-        sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
-        rest = load_sum(until, BT - 1, left > BT, H, M, BM)[None, :] - sums
-        far = mm(tl.trans(scores_after.to(DOT)), behind, PRECISION=PRECISION)
-        total += tl.exp(tl.minimum(rest, 0.0)) * far
-    return total
+        reading = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
+        behind = mm(tl.trans(scores_after.to(DOT)), reading, behind, PRECISION=PRECISION)
+    return written, behind

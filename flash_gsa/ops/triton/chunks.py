@@ -18,6 +18,8 @@ import triton.language as tl
 
 GROUP_32 = tl.constexpr(32)
 GROUP_8 = tl.constexpr(8)
+# e^-104 is below the smallest float32: a stronger gate erases no more, and sums of gates keep their digits.
+FLOOR = tl.constexpr(-104.0)
 
 
 @triton.jit
@@ -38,6 +40,33 @@ def locate(part, boundaries, part_sequence, first_part, T, SPAN, PACKED: tl.cons
         token = n.to(tl.int64) * T + index * SPAN
         end = (n.to(tl.int64) + 1) * T
     return n, index, token, end, first
+
+
+@triton.jit
+def blocks_that_last(
+    sums, steps, size, FROM_END: tl.constexpr,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """How many of a segment's blocks, from its end or else its start, have not been forgotten at that end.
+
+    sums: of the gates of its blocks at their ends, `size` tokens in all. What lies further away than gates of -104 in
+    every slot is multiplied by less than float32's smallest number. Up to 15 blocks too many.
+    """
+    AT_ONCE: tl.constexpr = 16
+    om = tl.arange(0, BM)
+    ahead = tl.zeros([BM], tl.float32)
+    lasting = 0
+    while (lasting < steps) & (tl.max(tl.where(om < M, ahead, FLOOR), axis=0) > FLOOR):
+        block = lasting + tl.arange(0, AT_ONCE)
+        there = block < steps
+        if FROM_END:
+            block = steps - 1 - block
+        token = tl.minimum((block + 1) * BT, size) - 1
+        at = token[:, None] * (H * M) + om[None, :]
+        gates = tl.load(sums + at, mask=there[:, None] & (om < M)[None, :], other=0.0)
+        ahead += tl.sum(gates.to(tl.float32), axis=0)
+        lasting += AT_ONCE
+    return tl.minimum(lasting, steps)
 
 
 @triton.jit
@@ -191,22 +220,30 @@ def _factors(
 
 @triton.jit
 def near_logits(
-    scores, old, g, s, until, shrunk, level, levels, left,
+    scores, old, grown, shrunk, left,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [BT, BM] in float32 of a block where all is at level 0;
+    grown = e^G, scores are 0 for j > t."""
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    return grown * mm(scores, weak, old, PRECISION=PRECISION)
+
+
+@triton.jit
+def near_logits_any(
+    scores, old, grown, g, s, until, shrunk, level, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [BT, BM] in float32; scores are 0 for j > t."""
+    """`near_logits` of a block with any levels."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
-    grown = tl.exp(sums.to(tl.float32))
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    total = grown * mm(scores, weak, old, PRECISION=PRECISION)
-    if levels > 0:
-        need = load_rows(level, left, 0, BT, H * M, M, BM)
-        write = load_write(g, s, left, BT, H, M, BM, HAS_S)
-        total = tl.where(need == 0, total, grown * old)
-        for i in tl.range(references(levels, BT), num_stages=1):
-            grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
-            total += grown * mm(scores, (write * inverse).to(DOT), PRECISION=PRECISION)
+    need = load_rows(level, left, 0, BT, H * M, M, BM)
+    write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
+    total = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
+    total = tl.where(need == 0, total, grown * old)
+    for i in tl.range(references(levels, BT), num_stages=1):
+        grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+        total += grown * mm(scores, (write * inverse).to(DOT), PRECISION=PRECISION)
     return total
 
 
@@ -233,7 +270,7 @@ def near_attention_any(
     weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     need = load_rows(level, left, 0, BT, H * M, M, BM)
-    write = load_write(g, s, left, BT, H, M, BM, HAS_S)
+    write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
     total = mm(tl.where(need == 0, read, 0.0), tl.trans(weak), PRECISION=PRECISION)
     for i in tl.range(references(levels, BT), num_stages=1):
         grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
@@ -249,20 +286,15 @@ def near_writes(
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_{t≥j} scores_jt weights_tm e^{G_tm - G_jm} [BT (j), BM]; scores [BT (j), BT (t)] are 0 for t < j.
-
-    reading = weights ∘ e^G, both of these in the products' format; weights are used at levels above 0.
-    """
+    """Σ_{t≥j} scores_jt weights_tm e^{G_tm - G_jm} [BT (j), BM] of a block with any levels; scores [BT (j), BT (t)] are
+    0 for t < j, reading = weights ∘ e^G, both of these in the products' format."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
+    need = load_rows(level, left, 0, BT, H * M, M, BM)
     inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
-    if levels > 0:
-        need = load_rows(level, left, 0, BT, H * M, M, BM)
-        written = inverse * mm(scores, tl.where(need == 0, reading, 0.0), PRECISION=PRECISION)
-        for i in tl.range(references(levels, BT), num_stages=1):
-            grown, far = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
-            written += far * mm(scores, (weights * grown).to(DOT), PRECISION=PRECISION)
-    else:
-        written = inverse * mm(scores, reading, PRECISION=PRECISION)
+    written = inverse * mm(scores, tl.where(need == 0, reading, 0.0), PRECISION=PRECISION)
+    for i in tl.range(references(levels, BT), num_stages=1):
+        grown, far = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+        written += far * mm(scores, (weights * grown).to(DOT), PRECISION=PRECISION)
     return written
 
 
@@ -296,11 +328,12 @@ def one_minus_exp(g):
 
 @triton.jit
 def load_write(
-    g, s, left, C: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, HAS_S: tl.constexpr
+    g, s, left, d, ROWS: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, HAS_S: tl.constexpr
 ):  # fmt: skip
-    """Write strengths s [C, BM] in float32, derived as 1 - e^g where none are given; 0 for padding."""
+    """Write strengths s of ROWS tokens and slots d to d+BS in float32, derived as 1 - e^g where none are given; 0 for
+    padding."""
     if HAS_S:
-        write = load_rows(s, left, 0, C, H * M, M, BM).to(tl.float32)
+        write = load_rows(s, left, d, ROWS, H * M, M, BS).to(tl.float32)
     else:
-        write = one_minus_exp(load_rows(g, left, 0, C, H * M, M, BM).to(tl.float32))
+        write = one_minus_exp(load_rows(g, left, d, ROWS, H * M, M, BS).to(tl.float32))
     return write

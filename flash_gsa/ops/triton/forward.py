@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .chunks import (
+    blocks_that_last,
     load_levels,
     load_rows,
     load_sum,
@@ -18,6 +19,7 @@ from .chunks import (
     near_attention,
     near_attention_any,
     near_logits,
+    near_logits_any,
     products,
     store_rows,
     time_order,
@@ -36,7 +38,7 @@ def states_forward(
     """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
 
     LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
-    sum of its gates; of every segment but a sequence's last. Otherwise hk, hv [chunks, H, M, K | V], both states
+    sum of its gates; of every segment but a sequence's last, and from the first block on that is not forgotten there. Otherwise hk, hv [chunks, H, M, K | V], both states
     before each chunk, and hkT, hvT [N, H, M, K | V] after the last; with SPLIT from the local states of the segments
     before. Grid: (segments·H·slices of K and V,).
     """
@@ -86,7 +88,14 @@ def states_forward(
     sums = until + (start * H + h) * M
     states = out + (chunk * H + h) * one
     gates = tl.zeros([BM], tl.float32)
-    for i in range(steps):
+    begin = 0
+    if LOCAL:
+        size_left = (end - start).to(tl.int32)
+        begin = steps - blocks_that_last(sums, steps, size_left, True, BT, H, M, BM)
+        rows += begin * BT * H * size
+        weights += begin * BT * H * M
+        sums += begin * BT * H * M
+    for i in range(begin, steps):
         if not LOCAL:
             # Stored before the first block of each chunk; a mask, since a branch would end the pipelining of loads.
             here = inside & (od[None, :] < tl.where(i % BLOCKS == 0, size, 0))
@@ -145,39 +154,66 @@ def outputs(
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
     found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
-    passed = tl.exp(load_sum(until + gates, -1, place > 0, H, M, BM))
+    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
+    # Twice the code, so that what nearly every block takes has no branches in it.
+    if found > 0:
+        _output(
+            q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
+            o, p_out, lse_out, row_q, place, found, left, before, scale,
+            H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        _output(
+            q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
+            o, p_out, lse_out, row_q, place, 0, left, before, scale,
+            H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, False, DOT, PRECISION,
+        )  # fmt: skip
 
+
+@triton.jit
+def _output(
+    q, k, v, g, s, until, shrunk, kept, level, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
+    LINEAR: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`outputs` of the query head at `row`; ANY: with levels above 0, which occur."""
+    passed = tl.exp(load_sum(until, -1, place > 0, H, M, BM))
     if LINEAR:
-        p = load_rows(q + row_q * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+        p = load_rows(q + row * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         factor = scale
     else:
         scores, old = products(
-            q + row_q * K, k + row * K, hk + state * K, kept + gates, passed, left, before, scale,
+            q + row * K, k, hk, kept, passed, left, before, scale,
             BT, C, H * R * K, H * K, K, BD, H, M, BM, DOT, PRECISION,
         )  # fmt: skip
-        z = near_logits(
-            scores, old, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
-            BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
-        )  # fmt: skip
+        grown = tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+        if ANY:
+            z = near_logits_any(
+                scores, old, grown, g, s, until, shrunk, level, levels, left,
+                BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
+            )  # fmt: skip
+        else:
+            z = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
         z = tl.where((tl.arange(0, BM) < M)[None, :], z, float("-inf"))
         largest = tl.max(z, axis=1)
         p = tl.exp(z - largest[:, None])
         total = tl.sum(p, axis=1)
-        p = p / total[:, None]
+        p *= (1.0 / total)[:, None]
         if KEEP:
             ot = tl.arange(0, BT)
-            tl.store(lse_out + row_q + ot * (H * R), largest + tl.log(total), mask=ot < left)
-            store_rows(p_out + row_q * M, p, left, 0, BT, H * R * M, M, BM)
+            tl.store(lse_out + row + ot * (H * R), largest + tl.log(total), mask=ot < left)
+            store_rows(p_out + row * M, p, left, 0, BT, H * R * M, M, BM)
         factor = 1.0
-    read = p * tl.exp(load_rows(until + gates, left, 0, BT, H * M, M, BM).to(tl.float32))
-    if found > 0:
+    read = p * tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    if ANY:
         near = near_attention_any(
-            read.to(DOT), p, g + gates, s + gates, until + gates, shrunk + gates, level + gates, found, left,
+            read.to(DOT), p, g, s, until, shrunk, level, levels, left,
             BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
-        near = near_attention(read.to(DOT), shrunk + gates, left, BT, H, M, BM, DOT, PRECISION)
+        near = near_attention(read.to(DOT), shrunk, left, BT, H, M, BM, DOT, PRECISION)
     write_products(
-        near, v + row * V, read, hv + state * V, o + row_q * V, kept + gates, passed, left, before, factor,
+        near, v, read, hv, o + row * V, kept, passed, left, before, factor,
         BT, C, H * V, H * R * V, V, BD, H, M, BM, DOT, PRECISION,
     )  # fmt: skip

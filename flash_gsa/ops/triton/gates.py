@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import GROUP_8, GROUP_32, load_rows, locate, one_minus_exp, store_rows
-
-# e^-104 is below the smallest float32: a stronger gate erases no more, and sums of gates keep their digits.
-FLOOR = tl.constexpr(-104.0)
+from .chunks import FLOOR, GROUP_8, GROUP_32, load_rows, locate, one_minus_exp, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backward, forward
-from .plan import Plan
+from .plan import Plan, cdiv
 
 
 def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bool) -> tuple[tuple, tuple]:
@@ -54,9 +54,8 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     *gates, p, lse, hk, hv = shared
     until, _, kept, _, _ = gates
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dl, read_p, read_dl = (torch.empty_like(p) for _ in range(3))
-    dg = torch.empty_like(g, dtype=torch.float32)
-    dwrite, ds = (None, None) if s is None else (torch.empty_like(dg), torch.empty_like(s))
+    read_p = torch.empty_like(p)
+    dg, ds = torch.empty_like(g, dtype=torch.float32), None if s is None else torch.empty_like(s)
     initial = plan.boundary_states(q) if hk0 is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
@@ -65,39 +64,51 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             last_use = True
             hk, hv = plan.states(q)
             _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
+        # Peak memory: dv is written last of all, and where Ṽ's states were, their gradients may come to lie.
+        dhk, dl, read_dl = _within(dv, hk, p, p)
+        dhv = hv if last_use else torch.empty_like(hv)
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
             (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
         )  # fmt: skip
-        # Peak memory: dhk lies where dv will come to lie when it is not needed any more, dhv where hv was.
-        room = dv.view(-1)[: hk.numel()]
-        fits = room.dtype == hk.dtype and room.numel() == hk.numel()
-        dhk = room.view_as(hk) if fits else torch.empty_like(hk)
-        dhv = hv if last_use else torch.empty_like(hv)
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
             (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None,
         )  # fmt: skip
-        both = (passed, g, strength, *gates)
-        of_keys = (q, k, hk, dhk, read_dl, dl, *both, dq, dk, None, dwrite, dg)
-        of_values = (do, v, hv, dhv, read_p, p, *both, None, dv, dwrite, ds, dg)
-        _inputs_backward(plan, parts, (of_keys, of_values), (scale, 1.0))
+        of_keys = (q, k, hk, dhk, read_dl, dl), (dq, dk), scale
+        of_values = (do, v, hv, dhv, read_p, p), (None, dv), 1.0
+        _inputs_backward(plan, (of_keys, of_values), g, strength, gates, passed, dg, ds)
     return dq, dk, dv, dg.to(g.dtype), ds, *initial
 
 
-def _inputs_backward(plan: Plan, parts: int, passes: tuple[tuple, ...], scales: tuple[float, ...]) -> None:
-    """The end of a backward: one launch for each pass, of which the last argument, dg, is completed together."""
-    dg = passes[0][-1]
-    sums = dg.new_empty(2, len(passes), plan.chunks.count, plan.blocks, plan.H, plan.M)
-    tile, programs = plan.tiles.inputs_backward, plan.blocks * plan.H
-    for i, (arguments, scale) in enumerate(zip(passes, scales, strict=True)):
+def _within(memory: Tensor, *likes: Tensor) -> list[Tensor]:
+    """Tensors like these that lie in `memory` one after the other; those that do not fit there lie elsewhere."""
+    room, begin, tensors = memory.view(-1), 0, []
+    for like in likes:
+        end = begin + like.numel()
+        if like.dtype == memory.dtype and end <= room.numel():
+            tensors.append(room[begin:end].view_as(like))
+            begin = cdiv(end, 64) * 64  # kernels are compiled for pointers that are multiples of 16 bytes
+        else:
+            tensors.append(torch.empty_like(like))
+    return tensors
+
+
+def _inputs_backward(plan: Plan, passes: tuple, g, strength, gates, passed, dg, ds) -> None:
+    """The end of a backward: for each pass a launch with (inputs, gradients of inputs, scale), then dg and ds."""
+    # What the chunk's tokens owe cancels in part against what `values_backward` reached: 16 bits are too few there.
+    written = torch.empty_like(g, dtype=torch.float32)
+    carried = torch.empty_like(g, dtype=plan.state_dtype)
+    for i, (inputs, gradients, scale) in enumerate(passes):
         plan.launch(
-            backward.inputs_backward, tile, programs, (*arguments, sums[0, i], sums[1, i]), (scale,),
-            D=arguments[1].shape[3], PARTS=parts, QUERIES=i < len(passes) - 1, FIRST=i == 0,
+            backward.inputs_backward, plan.tiles.inputs_backward, plan.blocks * plan.H,
+            (*inputs, g, strength, *gates, *gradients, written, carried), (scale,),
+            D=inputs[1].shape[3], QUERIES=gradients[0] is not None, FIRST=i == 0,
         )  # fmt: skip
-    if plan.blocks > 1:
-        plan.complete(backward.across_blocks, dg, sums[0], sums[1], sums.stride(1), PASSES=len(passes))
+    plan.over_gates(
+        backward.gates_backward, (g, strength, gates[0], passed, written, carried, dg, ds), PARTS=passed.shape[2]
+    )
 
 
 def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
@@ -144,6 +155,6 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
             (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None,
         )  # fmt: skip
-        only = (do, v, h, dh, read, q, passed, g, k, *gates, None, dv, None, dk, dg)
-        _inputs_backward(plan, parts, (only,), (scale,))
+        only = (do, v, h, dh, read, q), (None, dv), scale
+        _inputs_backward(plan, (only,), g, k, gates, passed, dg, dk)
     return dq, dk, dv, dg.to(g.dtype), dh0

@@ -165,10 +165,13 @@ class Plan:
         """Fill `gate_tensors`."""
         self._launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), {"BS": self.slice}, warps=4)
 
-    def complete(self, kernel, *arguments, **constants) -> None:
-        """Launch a kernel over blocks and heads that only touches gates."""
-        programs = self.chunks.count * self.blocks * self.H
-        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps=4)
+    def over_gates(self, kernel, arguments, **constants) -> None:
+        """Launch a kernel over chunks, heads and slices of slots that only touches gates."""
+        programs = self.chunks.count * self.H * self.slot_slices
+        constants["BS"] = self.slice
+        # 32 numbers of a tile [C, BS] a thread.
+        warps = max(4, self.tiles.C * self.slice // 1024)
+        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps)
 
     def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
