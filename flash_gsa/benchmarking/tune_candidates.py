@@ -25,6 +25,8 @@ from flash_gsa.ops.triton.tiles import (
 
 from .shapes import SUITES, Shape
 
+REGISTERS = (255, 168, 128)
+"""Of a thread: for 8, 12 and 16 warps at a time on a multiprocessor."""
 Architecture = tuple[int, int]
 Cut = tuple[int, int]
 """(C, BT) of tiles."""
@@ -117,7 +119,7 @@ class Group:
         widths, stages = ((32, 64, 128), (1, 2, 3, 4)) if half else ((16, 32, 64), (1, 2, 3))
         wide = Tiles(*cut, *[Tile(512, 4, 1)] * len(KERNELS))
         widest = max(getattr(w.tiles(wide), kernel).BD for w in self.workloads)
-        near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages) if sizes[0] <= widest]
+        near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages, REGISTERS) if sizes[0] <= widest]
         near.sort(key=lambda tile: min(_distance(tile, row) for row in rows))
         every = list(dict.fromkeys((*rows, *near)))
         fits = [tile for tile in every if tile in rows or self._shared(kernel, tile, *cut) <= 2 * limit]
@@ -128,7 +130,8 @@ class Group:
 
 
 def _distance(a: Tile, b: Tile) -> float:
-    return abs(math.log2(a.BD / b.BD)) + abs(math.log2(a.warps / b.warps)) + abs(a.stages - b.stages)
+    registers = abs(REGISTERS.index(a.registers) - REGISTERS.index(b.registers))
+    return abs(math.log2(a.BD / b.BD)) + abs(math.log2(a.warps / b.warps)) + abs(a.stages - b.stages) + registers
 
 
 def groups(names: Sequence[str], architecture: Architecture) -> list[Group]:
@@ -193,9 +196,9 @@ def row_text(architecture: Architecture, model: Row, tiles: Tiles, reason: str) 
     )
 
 
-def sizes_of(tile: Tile) -> tuple[int, int, int]:
-    """(BD, warps, stages)."""
-    return tile.BD, tile.warps, tile.stages
+def sizes_of(tile: Tile) -> tuple[int, ...]:
+    """(BD, warps, stages), and registers where they are limited."""
+    return (tile.BD, tile.warps, tile.stages, *([tile.registers] if tile.registers < 255 else []))
 
 
 def stands_in_table(architecture: Architecture, row: Row) -> bool:

@@ -268,10 +268,17 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
     launch, compiled = launching.launch, []
 
     def compile_only(
-        kernel: Any, programs: int, arguments: tuple, constants: Record, warps: int, stages: int = 1
+        kernel: Any,
+        programs: int,
+        arguments: tuple,
+        constants: Record,
+        warps: int,
+        stages: int = 1,
+        registers: int = 255,
     ) -> None:
         if FIELDS.get(kernel.fn.__name__) == wanted:
             options = constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
+            options |= {"maxnreg": registers} if registers < 255 else {}
             compiled.append(kernel.run(*arguments, **options))
 
     launching.launch = compile_only

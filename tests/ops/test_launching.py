@@ -47,8 +47,8 @@ X = torch.zeros(9)
 assert X.data_ptr() % 16 == 0
 
 
-def launch(kernel, x=X, y=X, n=3, programs=7, constants=CONSTANTS, warps=4, stages=2):
-    return launching.launch(kernel, programs, (x, y, n), constants, warps, stages)
+def launch(kernel, x=X, y=X, n=3, programs=7, constants=CONSTANTS, warps=4, stages=2, registers=255):
+    return launching.launch(kernel, programs, (x, y, n), constants, warps, stages, registers)
 
 
 def test_the_first_launch_goes_through_triton():
@@ -82,8 +82,9 @@ def test_what_was_compiled_for_the_same_is_launched_with_constants_in_its_order(
         {"constants": CONSTANTS | {"SIZE": 32}},
         {"warps": 8},
         {"stages": 3},
+        {"registers": 168},
     ],
-    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages"],
+    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages", "registers"],
 )
 def test_what_the_compiled_code_depends_on_compiles_anew(change):
     kernel = Kernel()
@@ -94,6 +95,13 @@ def test_what_the_compiled_code_depends_on_compiles_anew(change):
     # Both are kept.
     assert (launch(kernel), launch(kernel, **change)) == (first, other)
     assert [of for of, _, _ in kernel.launched] == [first, other]
+
+
+def test_registers_are_limited_where_fewer_than_all_are_asked_for():
+    kernel = Kernel()
+    launch(kernel, registers=168)
+    ((_, _, options),) = kernel.compiled
+    assert options["maxnreg"] == 168
 
 
 def test_kernels_are_told_apart():

@@ -70,6 +70,7 @@ if not INTERPRETED:
             assert tile.BD in (16, 32, 64, 128, 256)
             assert tile.warps in (1, 2, 4, 8)
             assert 1 <= tile.stages <= 5
+            assert tile.registers in (128, 168, 255)
         assert row.reason
 
     @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

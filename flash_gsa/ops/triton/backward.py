@@ -37,7 +37,7 @@ from .chunks import (
     near_writes,
     products,
     store_rows,
-    sums_over_tokens,
+    sums_before_and_from,
     time_order,
 )
 
@@ -78,31 +78,31 @@ def values_backward(
 
     g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
     passed = tl.exp(load_sum(until, -1, place > 0, H, M, BM))
-    # Twice the code, so that the loop which nearly every block takes has no branches in it.
+    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
+    # of whose sides the compiler would keep shared memory apart.
     if found > 0:
-        total = _of_values(
+        _of_values(
             q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
-            row_q, passed, found, left, before, scale,
+            reached + gates, row_q, passed, found, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
         )  # fmt: skip
-    else:
-        total = _of_values(
+    if found == 0:
+        _of_values(
             q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
-            row_q, passed, 0, left, before, scale,
+            reached + gates, row_q, passed, 0, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
-    store_rows(reached + gates, total, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit
 def _of_values(
-    q, v, g, s, until, shrunk, kept, level, hv, p, lse, do, dq, dl, read_p, read_dl, row, passed, levels, left, before,
-    scale,
+    q, v, g, s, until, shrunk, kept, level, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, passed, levels, left,
+    before, scale,
     H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
     ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur. Gives what is reached."""
+    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur."""
     ot = tl.arange(0, BT)
     grown = tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
     total = tl.zeros([BT, BM], tl.float32)
@@ -140,7 +140,7 @@ def _of_values(
                 store_rows(dl + at, dlogits, left, 0, BT, H * R * M, M, BM)
         total += weight * dp
         store_rows(read_p + at, weight * grown, left, 0, BT, H * R * M, M, BM)
-    return total
+    store_rows(reached, total, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
@@ -301,31 +301,20 @@ def inputs_backward(
         gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
         writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
     writing = writing.to(DOT)
-    # Twice the code, so that what nearly every block takes has no branches in it.
+    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
+    # of whose sides the compiler would keep shared memory apart.
     if found > 0:
-        written, carried = _of_inputs(
-            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row_q,
-            found, left, before, factor,
-            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, True, DOT, PRECISION,
+        _of_inputs(
+            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum + gates,
+            carried_sum + gates, writing, row_q, found, left, before, factor,
+            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, True, DOT, PRECISION,
         )  # fmt: skip
-    else:
-        written, carried = _of_inputs(
-            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row_q,
-            0, left, before, factor,
-            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, False, DOT, PRECISION,
+    if found == 0:
+        _of_inputs(
+            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum + gates,
+            carried_sum + gates, writing, row_q, 0, left, before, factor,
+            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, False, DOT, PRECISION,
         )  # fmt: skip
-
-    # Not before the loop's tiles are done with: all at once they would not fit the registers.
-    tl.debug_barrier()
-    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
-    if C > BT:
-        through += load_sum(until, left - 1, after > 0, H, M, BM)
-    carried *= tl.exp(through[None, :] - load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
-    if not FIRST:
-        written += load_rows(written_sum + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
-        carried += load_rows(carried_sum + gates, left, 0, BT, H * M, M, BM).to(tl.float32)
-    store_rows(written_sum + gates, written, left, 0, BT, H * M, M, BM)
-    store_rows(carried_sum + gates, carried, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
@@ -339,6 +328,7 @@ def gates_backward(
 
     Grid: (chunks·H·SLICES,).
     """
+    BLOCKS: tl.constexpr = C // BT
     program = tl.program_id(0)
     part, h, chunk = program % SLICES, program // SLICES % H, program // (SLICES * H)
     if PACKED:
@@ -350,39 +340,53 @@ def gates_backward(
     base = (start * H + h) * M
     om = d + tl.arange(0, BS)
 
-    through = tl.zeros([BS], tl.float32)
-    for block in tl.static_range(C // BT):
-        last = tl.minimum(left, (block + 1) * BT) - 1
-        there = om < tl.where(left > block * BT, M, 0)
-        through += tl.load(until + base + last * (H * M) + om, mask=there, other=0.0).to(tl.float32)
-    product = tl.zeros([BS], tl.float32)
-    for i in range(PARTS):
-        product += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+    g, s, until, written, carried = g + base, s + base, until + base, written + base, carried + base
+    dg, ds = dg + base, ds + base if HAS_S else ds
 
-    write = load_write(g + base, s + base, left, d, C, H, M, BS, HAS_S)
-    inside = load_rows(written + base, left, d, C, H * M, M, BS).to(tl.float32)
-    behind = load_rows(carried + base, left, d, C, H * M, M, BS).to(tl.float32)
-    onward = load_rows(dg + base, left, d, C, H * M, M, BS) - write * inside
-    later = write * behind
-    total = sums_over_tokens(later, C, False, DOT) - later
-    total += sums_over_tokens(onward, C, True, DOT) + (product * tl.exp(through))[None, :]
-    if HAS_S:
-        store_rows(ds + base, inside + behind, left, d, C, H * M, M, BS)
-    else:
-        total -= tl.exp(load_rows(g + base, left, d, C, H * M, M, BS).to(tl.float32)) * (inside + behind)
-    store_rows(dg + base, total, left, d, C, H * M, M, BS)
+    passing = tl.zeros([BS], tl.float32)
+    for i in range(PARTS):
+        passing += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+    through = tl.zeros([BS], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        last = tl.minimum(left, (i + 1) * BT) - 1
+        there = om < tl.where(left > i * BT, M, 0)
+        through += tl.load(until + last * (H * M) + om, mask=there, other=0.0).to(tl.float32)
+    passing *= tl.exp(through)
+    earlier = tl.zeros([BS], tl.float32)  # of the block before, what it leaves in the state behind the chunk
+    if BLOCKS > 1:
+        write = load_write(g, s, left, d, BT, H, M, BS, HAS_S)
+        behind = load_rows(carried, left, d, BT, H * M, M, BS).to(tl.float32)
+        earlier = tl.sum(write * behind, axis=0)
+
+    for i in range(BLOCKS):  # the last block first: what its tokens read is owed by those before, too
+        at = (BLOCKS - 1 - i) * BT
+        here = left - at
+        row = at * (H * M)
+        write = load_write(g + row, s + row, here, d, BT, H, M, BS, HAS_S)
+        behind = load_rows(carried + row, here, d, BT, H * M, M, BS).to(tl.float32)
+        inside = load_rows(written + row, here, d, BT, H * M, M, BS)
+        onward = load_rows(dg + row, here, d, BT, H * M, M, BS) - write * inside
+        total = sums_before_and_from(write * behind, onward, BT, DOT) + (passing + earlier)[None, :]
+        passing += tl.sum(onward, axis=0)
+        earlier = tl.zeros([BS], tl.float32)
+        if HAS_S:
+            store_rows(ds + row, inside + behind, here, d, BT, H * M, M, BS)
+        else:
+            total -= tl.exp(load_rows(g + row, here, d, BT, H * M, M, BS).to(tl.float32)) * (inside + behind)
+        store_rows(dg + row, total, here, d, BT, H * M, M, BS)
 
 
 @triton.jit
 def _of_inputs(
-    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, writing, row, levels, left, before, factor,
+    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum, carried_sum, writing, row, levels,
+    left, before, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
-    ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The loops of `inputs_backward`: they store dy and dx and give what a block writes and carries [BT, BM].
+    """What `inputs_backward` does once it knows the block; ANY: with levels above 0, which occur.
 
-    ANY: with levels above 0, which occur. Otherwise what several query heads write is summed before gates meet it.
+    Otherwise what several query heads write is summed before gates meet it.
     """
     after = left - BT
     written = tl.zeros([BT, BM], tl.float32)
@@ -395,6 +399,12 @@ def _of_inputs(
             read, weights, g, s, until, shrunk, kept, level, levels, left, before,
             H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
         )  # fmt: skip
+    # Of a chunk's two blocks the first meets y of the second, the second, for dy, x of the first: one tile for both.
+    ONE_TILE: tl.constexpr = QUERIES and C > BT and R == 1
+    beside, beside_left = y + BT * H * R * D, after
+    if ONE_TILE:
+        if before > 0:
+            beside, beside_left = x - BT * H * D, before
     for d in range(0, D, BD):
         xd = load_rows(x, left, d, BT, H * D, D, BD)
         dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
@@ -410,9 +420,19 @@ def _of_inputs(
                 scores_after = tl.zeros([BT, BT], tl.float32)
             yd = load_rows(y + r * D, left, d, BT, H * R * D, D, BD)
             scores = mm(yd, tl.trans(xd), scores, PRECISION=PRECISION)
+            zd = yd
+            if C > BT:
+                zd = load_rows(beside + r * D, beside_left, d, BT, H * R * D, D, BD)
+            # Here or after the rest, whichever leaves the compiler less to spill.
+            if QUERIES and R == 1:
+                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
+                grad = mm(of_state, hd, PRECISION=PRECISION)
+                grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
+                if C > BT:
+                    grad = mm(near_before, zd.to(DOT), grad, PRECISION=PRECISION)
+                store_rows(dy + row * D, grad * factor, left, d, BT, H * D, D, BD)
             out = mm(tl.trans(near), yd.to(DOT), out, PRECISION=PRECISION)
             if C > BT:
-                zd = load_rows(y + (r + BT * H * R) * D, after, d, BT, H * R * D, D, BD)
                 scores_after = mm(zd, tl.trans(xd), scores_after, PRECISION=PRECISION)
                 out = mm(near_after, zd.to(DOT), out, PRECISION=PRECISION)
             if R > 1:
@@ -420,7 +440,7 @@ def _of_inputs(
                     written, behind, scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level,
                     levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
-            if QUERIES:
+            if QUERIES and R > 1:
                 hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
                 grad = mm(of_state, hd, PRECISION=PRECISION)
                 grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
@@ -442,7 +462,15 @@ def _of_inputs(
     if C > BT:
         rest = load_sum(until, BT - 1, after > 0, H, M, BM)[None, :] - sums
         written += tl.exp(tl.minimum(rest, 0.0)) * behind
-    return written, carried
+    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    if C > BT:
+        through += load_sum(until, left - 1, after > 0, H, M, BM)
+    carried *= tl.exp(through[None, :] - sums)
+    if not FIRST:
+        written += load_rows(written_sum, left, 0, BT, H * M, M, BM)
+        carried += load_rows(carried_sum, left, 0, BT, H * M, M, BM).to(tl.float32)
+    store_rows(written_sum, written, left, 0, BT, H * M, M, BM)
+    store_rows(carried_sum, carried, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit

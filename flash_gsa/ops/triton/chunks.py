@@ -299,23 +299,23 @@ def near_writes(
 
 
 @triton.jit
-def sums_over_tokens(x, BT: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """Σ_{i≤t} x_i of x [BT, ·], or Σ_{i≥t} x_i if REVERSE, in float32.
+def sums_before_and_from(x, y, BT: tl.constexpr, DOT: tl.constexpr):
+    """Σ_{i<t} x_i + Σ_{i≥t} y_i of x, y [BT, ·], in float32.
 
-    A scan goes through shared memory again and again; in bfloat16 a product with a triangle of ones is faster, with x
-    in two parts, together 16 bits.
+    A scan goes through shared memory again and again; in bfloat16 products with triangles of ones are faster, with x
+    and y in two parts each, together 16 bits.
     """
     if DOT == tl.bfloat16:
         row, column = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-        if REVERSE:
-            ones = tl.where(column >= row, 1.0, 0.0).to(tl.bfloat16)
-        else:
-            ones = tl.where(column <= row, 1.0, 0.0).to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        total = tl.dot(ones, (x - high.to(tl.float32)).to(tl.bfloat16))
-        total = tl.dot(ones, high, total)
+        before = tl.where(column < row, 1.0, 0.0).to(tl.bfloat16)
+        since = tl.where(column >= row, 1.0, 0.0).to(tl.bfloat16)
+        high_x, high_y = x.to(tl.bfloat16), y.to(tl.bfloat16)
+        total = tl.dot(before, (x - high_x.to(tl.float32)).to(tl.bfloat16))
+        total = tl.dot(since, (y - high_y.to(tl.float32)).to(tl.bfloat16), total)
+        total = tl.dot(before, high_x, total)
+        total = tl.dot(since, high_y, total)
     else:
-        total = tl.cumsum(x, axis=0, reverse=REVERSE)
+        total = tl.cumsum(x, axis=0) - x + tl.cumsum(y, axis=0, reverse=True)
     return total
 
 

@@ -155,14 +155,15 @@ def outputs(
     gates = row * M
     found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
     g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
-    # Twice the code, so that what nearly every block takes has no branches in it.
+    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
+    # of whose sides the compiler would keep shared memory apart.
     if found > 0:
         _output(
             q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
             o, p_out, lse_out, row_q, place, found, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
         )  # fmt: skip
-    else:
+    if found == 0:
         _output(
             q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
             o, p_out, lse_out, row_q, place, 0, left, before, scale,

@@ -12,18 +12,28 @@ from torch import Tensor
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
-def launch(kernel: Any, programs: int, arguments: tuple, constants: dict[str, Any], warps: int, stages: int = 1) -> Any:
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 1,
+    registers: int = 255,
+) -> Any:
     """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
 
     Args:
         kernel: a `triton.jit` function that specializes no numbers (do_not_specialize).
         arguments: tensors, numbers and None, in its order; the first is a tensor on the current device.
         constants: the parameters that follow, by name.
+        registers: most that a thread may have.
     """
-    key = (kernel, arguments[0].device, warps, stages, *constants.items(), *map(_kind, arguments))
+    key = (kernel, arguments[0].device, warps, stages, registers, *constants.items(), *map(_kind, arguments))
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers < 255 else {})
+        compiled = kernel[(programs,)](*arguments, **constants, **options)
         if compiled is not None:
             _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return compiled

@@ -9,13 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gates, launching
-from .tiles import choose
+from .tiles import Tile, choose
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
 RANGE = 60.0
 # Programs of a walk that keep the memory busy (measured: 128 stream as fast as 512). Long sequences are cut into
 # segments until there are as many; each cut costs one more pass over the inputs, so not sooner.
 FILLING = 128
+# Of kernels that only touch gates; BD means nothing there.
+OVER_GATES = Tile(0, 4, 1)
 
 
 def cdiv(a, b):
@@ -163,15 +165,13 @@ class Plan:
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`."""
-        self._launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), {"BS": self.slice}, warps=4)
+        self._launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), {"BS": self.slice}, OVER_GATES)
 
     def over_gates(self, kernel, arguments, **constants) -> None:
         """Launch a kernel over chunks, heads and slices of slots that only touches gates."""
         programs = self.chunks.count * self.H * self.slot_slices
         constants["BS"] = self.slice
-        # 32 numbers of a tile [C, BS] a thread.
-        warps = max(4, self.tiles.C * self.slice // 1024)
-        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, warps)
+        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, OVER_GATES)
 
     def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
         """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
@@ -183,18 +183,18 @@ class Plan:
             decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
             local = (*self._pair(like, self.segments.count, torch.float32), decay)
             alone = constants | {"LOCAL": True, "SPLIT": False}
-            self._launch(kernel, programs, (*arguments, *local, *table), alone, tile.warps, tile.stages)
+            self._launch(kernel, programs, (*arguments, *local, *table), alone, tile)
         constants |= {"LOCAL": False, "SPLIT": self.split}
-        self._launch(kernel, programs, (*arguments, *local, *table), constants, tile.warps, tile.stages)
+        self._launch(kernel, programs, (*arguments, *local, *table), constants, tile)
 
     def launch(self, kernel, tile, programs: int, arguments, scales, **constants) -> None:
         """Launch a kernel over chunks, `programs` of them for each."""
         constants["BD"] = tile.BD
         arguments = (*arguments, *self.tables[0], *scales)
-        self._launch(kernel, self.chunks.count * programs, arguments, constants, tile.warps, tile.stages)
+        self._launch(kernel, self.chunks.count * programs, arguments, constants, tile)
 
-    def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, warps: int, stages: int = 1) -> None:
+    def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile) -> None:
         """Launch with `constants`, and of the plan's own those that the kernel has."""
         takes = _parameters(kernel)
         own = {name: value for name, value in self.constants.items() if name in takes}
-        launching.launch(kernel, programs, arguments, own | constants, warps, stages)
+        launching.launch(kernel, programs, arguments, own | constants, tile.warps, tile.stages, tile.registers)

@@ -16,11 +16,16 @@ KERNELS = ("states", "outputs", "values_backward", "states_backward", "inputs_ba
 
 @dataclass(frozen=True)
 class Tile:
-    """BD, warps and pipeline stages of one kernel."""
+    """BD, warps, pipeline stages and registers of a thread of one kernel.
+
+    registers: with 255, all that a thread can have, a multiprocessor runs 8 warps at a time; with 168 or 128 it runs 12
+    or 16, and what does not fit is spilled: mostly where gates are strong.
+    """
 
     BD: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Row:
         return self.slots >= M and all(mine is None or mine == given for mine, given in pairs)
 
 
-def _tiles(C: int, BT: int, *kernels: tuple[int, int, int]) -> Tiles:
+def _tiles(C: int, BT: int, *kernels: tuple[int, ...]) -> Tiles:
     return Tiles(C, BT, *(Tile(*kernel) for kernel in kernels))
 
 
@@ -78,15 +83,17 @@ SINGLE, GROUPED = False, True
 # KiB are those of shared memory that a program may have: 227 on Hopper, 163 on an A100, 99 on consumer cards.
 # fmt: off
 TABLE = (
-    # C, BT, then (BD, warps, stages) of KERNELS in their order:
+    # C, BT, then (BD, warps, stages[, registers]) of KERNELS in their order:
     # states, outputs, values_backward, states_backward, inputs_backward.
     Row(HOPPER, BF16, 64, GROUPED,
-        _tiles(64, 64, (64, 4, 3), (64, 4, 3), (64, 4, 3), (64, 4, 3), (128, 8, 2)),
-        "outputs 388, BD 128 394; values backward 391, BD 128 561; states backward 298, BD 128 325"),
+        _tiles(64, 64, (64, 4, 3), (128, 4, 1, 168), (64, 4, 3), (64, 4, 3), (64, 4, 2)),
+        "outputs 300, with all registers 364; values backward 261, with BD 128 399, with 168 registers 600; inputs "
+        "backward 595, BD 128 656, with 8 warps 692"),
     Row(HOPPER, BF16, 64, SINGLE,
         _tiles(128, 64, (128, 4, 3), (64, 4, 3), (64, 4, 3), (128, 4, 3), (64, 4, 2)),
         "blocks of 64 in chunks of 128 against chunks of 64: walks 82 and 104, backward 108 and 159; outputs 170 and "
-        "186, values backward 112 and 124. BT 128 with 8 warps: outputs 187, values backward 222"),
+        "186, values backward 112 and 124. BT 128 with 8 warps: outputs 187, values backward 222. Later kernels: "
+        "outputs 158, 2 stages 173, with 168 registers 169; inputs backward 357, BD 32 384"),
     Row(HOPPER, BF16, 128, ANY,
         _tiles(64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
         "[C, M] as large as with 64 slots and C 128; not measured against others"),
