@@ -187,8 +187,10 @@ def write_products(
 @triton.jit
 def load_levels(levels, block, SLICES: tl.constexpr):
     """Which levels above 0 occur in a block: see `gates.prepare`."""
-    found = tl.load(levels + block * SLICES + tl.arange(0, SLICES))
-    return tl.max(found & 1, axis=0) + tl.max(found & 2, axis=0) + tl.max(found & 4, axis=0)
+    found = tl.load(levels + block * SLICES)
+    for i in tl.static_range(1, SLICES):
+        found |= tl.load(levels + block * SLICES + i)
+    return found
 
 
 @triton.jit

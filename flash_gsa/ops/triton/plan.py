@@ -86,7 +86,8 @@ class Plan:
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
         self.blocks = C // self.tiles.BT
         BM = padded(self.M, q.dtype)
-        self.slice = min(64, BM)  # slots that one program prepares
+        # Slots of one program of a kernel over gates. Preparing those of the 1.3B layer: 26 µs, by 64 32, by 16 30.
+        self.slice = min(32, BM)
         self.slot_slices = BM // self.slice
         self.constants = {
             "H": self.H,
