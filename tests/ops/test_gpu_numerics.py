@@ -113,6 +113,21 @@ def test_the_training_call_without_any_state(gpu_backend, case, dtype):
     verdict(with_gradients(train, x), x, case, final=False)
 
 
+@pytest.mark.parametrize("gates", ["all forget", "one slot keeps"])
+def test_long_segments_of_which_little_is_left(gates, gpu_backend, monkeypatch):
+    """`states_forward` alone over a segment begins where the rest is forgotten, `states_backward` ends there."""
+    if gpu_backend == "triton":
+        from flash_gsa.ops.triton import plan
+
+        monkeypatch.setattr(plan, "FILLING", 4)  # segments of many chunks without a sequence of 100,000 tokens
+    case = Case(T=2500, B=1, HQ=1, H=1, K=32, V=32, M=16)
+    x = inputs(case, BF16)
+    x["g"] = torch.full_like(x["g"], -0.5)
+    if gates == "one slot keeps":
+        x["g"][..., 1] = -1e-4
+    verdict(run(gpu_backend, x, case), x, case)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=name_of)
 def test_gates_and_strengths_in_16_bits(gpu_backend, dtype):
     case = Case(T=200, HQ=4, H=2, K=80, V=136, M=33, strength=True)

@@ -95,6 +95,12 @@ def convert_and_multiply(x, low, back, product, PRECISION: tl.constexpr):
     tl.store(product + 256 + at, tl.dot(given, tl.trans(given), input_precision=PRECISION))
 
 
+@triton.jit
+def count_lasting(sums, out, steps, size, FROM_END: tl.constexpr, H: tl.constexpr, M: tl.constexpr):
+    """`chunks.blocks_that_last` of blocks of 4 tokens."""
+    tl.store(out, chunks.blocks_that_last(sums, steps, size, FROM_END, 4, H, M, 16))
+
+
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.timeout(600)
@@ -171,6 +177,35 @@ else:
         assert plan.split
         assert plan.segment_chunks * plan.tiles.C < longest
         check(run("triton", x, case), x, case, units=STRONG)
+
+    def test_what_a_segment_has_forgotten_is_left_out(monkeypatch):
+        """A walk over what a segment alone adds begins, or ends, where nothing of what lies beyond is left."""
+        monkeypatch.setattr(plans, "FILLING", 4)
+        case = Case(T=1100, B=1, HQ=1, H=1, K=6, V=5, M=3)
+        x = make(case)
+        x["g"] = torch.full_like(x["g"], -1.0)
+        plan = plan_of(x, case)
+        assert plan.split
+        assert plan.segment_chunks * plan.blocks > 16  # blocks_that_last looks at 16 at once
+        check(run("triton", x, case), x, case, units=STRONG)
+
+    @pytest.mark.parametrize("from_end", [True, False])
+    @pytest.mark.parametrize(
+        ("gate", "tokens", "lasting"),
+        [(-1.0, 4 * 40, 32), (-2.0, 4 * 40, 16), (-2.0, 4 * 40 - 3, 16), (-0.1, 4 * 40, 40), (-1e9, 4 * 9, 9)],
+        ids=str,
+    )
+    def test_how_many_blocks_last(gate, tokens, lasting, from_end):
+        """Of gates alike, looked at 16 blocks of 4 tokens at a time, until their sum is at most -104."""
+        steps, H, M = -(-tokens // 4), 2, 3
+        g = torch.full((tokens, H, M), gate)
+        sums = torch.cat([block.cumsum(0) for block in g.split(4)])
+        out = torch.zeros(1, dtype=torch.int32)
+        count_lasting[(1,)](sums[:, 1], out, steps, tokens, from_end, H, M)
+        assert out.item() == lasting
+        sums[:, 1, 2] = 0.0  # a slot that forgets nothing
+        count_lasting[(1,)](sums[:, 1], out, steps, tokens, from_end, H, M)
+        assert out.item() == steps
 
     @pytest.mark.parametrize(
         ("C", "BT", "place", "levels"),
