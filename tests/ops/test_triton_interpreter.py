@@ -425,6 +425,7 @@ else:
             Case(T=130, B=1, HQ=1, H=1, K=20, V=16, M=17, state=False),
             Case(T=70, B=1, HQ=4, H=2, K=16, V=20, M=9, strength=True, scale=0.35),
             Case(lengths=(0, 17, 100, 3), HQ=1, H=1, K=16, V=16, M=16),
+            Case(T=70, B=2, HQ=2, H=2, K=16, V=16, M=32),
         ],
         ids=str,
     )
