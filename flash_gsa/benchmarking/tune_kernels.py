@@ -274,11 +274,10 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
         constants: Record,
         warps: int,
         stages: int = 1,
-        registers: int = 255,
+        **options: Any,
     ) -> None:
         if FIELDS.get(kernel.fn.__name__) == wanted:
-            options = constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
-            options |= {"maxnreg": registers} if registers < 255 else {}
+            options |= constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
             compiled.append(kernel.run(*arguments, **options))
 
     launching.launch = compile_only

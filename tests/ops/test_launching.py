@@ -47,8 +47,8 @@ X = torch.zeros(9)
 assert X.data_ptr() % 16 == 0
 
 
-def launch(kernel, x=X, y=X, n=3, programs=7, constants=CONSTANTS, warps=4, stages=2, registers=255):
-    return launching.launch(kernel, programs, (x, y, n), constants, warps, stages, registers)
+def launch(kernel, x=X, y=X, n=3, programs=7, constants=CONSTANTS, warps=4, stages=2, **options):
+    return launching.launch(kernel, programs, (x, y, n), constants, warps, stages, **options)
 
 
 def test_the_first_launch_goes_through_triton():
@@ -82,9 +82,10 @@ def test_what_was_compiled_for_the_same_is_launched_with_constants_in_its_order(
         {"constants": CONSTANTS | {"SIZE": 32}},
         {"warps": 8},
         {"stages": 3},
-        {"registers": 168},
+        {"maxnreg": 168},
+        {"maxnreg": 128, "enable_fp_fusion": False},
     ],
-    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages", "registers"],
+    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages", "registers", "options"],
 )
 def test_what_the_compiled_code_depends_on_compiles_anew(change):
     kernel = Kernel()
@@ -97,11 +98,10 @@ def test_what_the_compiled_code_depends_on_compiles_anew(change):
     assert [of for of, _, _ in kernel.launched] == [first, other]
 
 
-def test_registers_are_limited_where_fewer_than_all_are_asked_for():
+def test_the_compiler_is_told_of_options():
     kernel = Kernel()
-    launch(kernel, registers=168)
-    ((_, _, options),) = kernel.compiled
-    assert options["maxnreg"] == 168
+    launch(kernel, maxnreg=168)
+    assert kernel.compiled == [((7,), (X, X, 3), CONSTANTS | {"num_warps": 4, "num_stages": 2, "maxnreg": 168})]
 
 
 def test_kernels_are_told_apart():

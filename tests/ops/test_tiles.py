@@ -104,7 +104,7 @@ if not INTERPRETED:
             estimate = tiles.shared_bytes(kernel, tile, *cut, precision, M, R)
             assert taken <= estimate <= 1.5 * taken, (kernel, cut, tile, estimate)
 
-    @pytest.mark.parametrize(("K", "V", "width"), [(512, 512, 128), (100, 3, 128), (0, 33, 64), (1, 1, 16)])
+    @pytest.mark.parametrize(("K", "V", "width"), [(512, 512, 128), (100, 3, 128), (0, 33, 64), (1, 1, 32)])
     def test_no_slice_is_wider_than_heads(K, V, width):
         chosen = tiles.choose(BF16, K, V, 64, 1, torch.device("cpu"))
         assert max(getattr(chosen, kernel).BD for kernel in KERNELS) == width

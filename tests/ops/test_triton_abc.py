@@ -289,8 +289,8 @@ def test_the_operator_under_torch_compile_is_well_formed(device, bounds):
     "shape", [(8, 2048, 4, 64), (1, 65_536, 4, 64), (1, 200_000, 1, 16), (64, 300, 8, 33)], ids=str
 )
 def test_long_and_wide(shape, taken):
-    """Sums over many tokens: their error grows with the number of tokens in a segment and that of segments."""
-    check(normal(*shape, device="cuda"), None, None, taken, factor=64)
+    """Sums over many tokens: their errors add up as steps of a random walk do."""
+    check(normal(*shape, device="cuda"), None, None, taken, factor=max(64, shape[1] ** 0.5))
 
 
 @gpu

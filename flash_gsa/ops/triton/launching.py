@@ -19,7 +19,7 @@ def launch(
     constants: dict[str, Any],
     warps: int,
     stages: int = 1,
-    registers: int = 255,
+    **options: Any,
 ) -> Any:
     """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
 
@@ -27,13 +27,12 @@ def launch(
         kernel: a `triton.jit` function that specializes no numbers (do_not_specialize).
         arguments: tensors, numbers and None, in its order; the first is a tensor on the current device.
         constants: the parameters that follow, by name.
-        registers: most that a thread may have.
+        options: more that the compiler shall know, by Triton's names.
     """
-    key = (kernel, arguments[0].device, warps, stages, registers, *constants.items(), *map(_kind, arguments))
+    key = (kernel, arguments[0].device, warps, stages, *options.items(), *constants.items(), *map(_kind, arguments))
     found = _compiled.get(key)
     if found is None:
-        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers < 255 else {})
-        compiled = kernel[(programs,)](*arguments, **constants, **options)
+        compiled = kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **options)
         if compiled is not None:
             _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return compiled

@@ -32,7 +32,7 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
         _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            (q, k, v, g, strength, *gates, hk, hv, results[0], p, lse), (scale,), KEEP=keep,
+            (q, k, v, g, strength, *gates, hk, hv, results[0], p, lse), (scale,), exact=True, KEEP=keep,
         )  # fmt: skip
     return results, shared
 
@@ -129,7 +129,7 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
         _states(plan, q, v, v, kept, until, h0, h0, h, h, (hT, hT))
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), KEEP=False,
+            (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), exact=True, KEEP=False,
         )  # fmt: skip
     return (o, hT), shared
 

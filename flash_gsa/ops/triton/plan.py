@@ -188,14 +188,20 @@ class Plan:
         constants |= {"LOCAL": False, "SPLIT": self.split}
         self._launch(kernel, programs, (*arguments, *local, *table), constants, tile)
 
-    def launch(self, kernel, tile, programs: int, arguments, scales, **constants) -> None:
-        """Launch a kernel over chunks, `programs` of them for each."""
-        constants["BD"] = tile.BD
-        arguments = (*arguments, *self.tables[0], *scales)
-        self._launch(kernel, self.chunks.count * programs, arguments, constants, tile)
+    def launch(self, kernel, tile, programs: int, arguments, scales, exact: bool = False, **constants) -> None:
+        """Launch a kernel over chunks, `programs` of them for each.
 
-    def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile) -> None:
+        exact: no multiplication is fused with an addition, so that what stands in the code twice has the same bits.
+        """
+        constants["BD"] = tile.BD
+        options = {"enable_fp_fusion": False} if exact else {}
+        arguments = (*arguments, *self.tables[0], *scales)
+        self._launch(kernel, self.chunks.count * programs, arguments, constants, tile, **options)
+
+    def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile, **options) -> None:
         """Launch with `constants`, and of the plan's own those that the kernel has."""
         takes = _parameters(kernel)
         own = {name: value for name, value in self.constants.items() if name in takes}
-        launching.launch(kernel, programs, arguments, own | constants, tile.warps, tile.stages, tile.registers)
+        if tile.registers < 255:
+            options["maxnreg"] = tile.registers
+        launching.launch(kernel, programs, arguments, own | constants, tile.warps, tile.stages, **options)

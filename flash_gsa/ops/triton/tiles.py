@@ -141,7 +141,8 @@ _forced: Tiles | None = None
 
 def choose(dtype: torch.dtype, K: int, V: int, M: int, R: int, device: torch.device) -> Tiles:
     """Tiles for heads of width K and V, M slots, R query heads a group."""
-    width = max(16, 1 << (int(max(K, V)) - 1).bit_length())
+    # With slices of 16, Triton 3.6 compiles 16-bit formats to kernels that access memory which is not theirs.
+    width = max(16 if dtype == FP32 else 32, 1 << (int(max(K, V)) - 1).bit_length())
     if _forced is not None:
         return _forced.cut(width)
     return _from_table(architecture(device), dtype, width, int(M), int(R))
