@@ -48,7 +48,9 @@ NAMES = [
 def test_strong_gates(backend, device, name):
     x = make(CASE)
     x["g"] = gates(name, x["g"])
-    check(run(backend, x, CASE, device), x, CASE)
+    # A GPU's exp is off by a unit, and the recurrence multiplies by the same one at every token.
+    units = CASE.T if (backend, device) == ("reference", "cuda") else 8
+    check(run(backend, x, CASE, device), x, CASE, units=units)
 
 
 @pytest.mark.parametrize("name", ["all -50", "alternating -1e30", "9 -55", "slot -3e38"])
