@@ -71,6 +71,9 @@ if not INTERPRETED:
             assert tile.warps in (1, 2, 4, 8)
             assert 1 <= tile.stages <= 5
             assert tile.registers in (128, 168, 255)
+            # Narrower operands of Hopper's products, of 64 rows and 16 bits, are compiled wrongly: see `choose`.
+            if row.architecture == HOPPER and row.precision != FP32 and row.tiles.BT >= 64:
+                assert tile.BD >= 64
         assert row.reason
 
     @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
@@ -104,7 +107,7 @@ if not INTERPRETED:
             estimate = tiles.shared_bytes(kernel, tile, *cut, precision, M, R)
             assert taken <= estimate <= 1.5 * taken, (kernel, cut, tile, estimate)
 
-    @pytest.mark.parametrize(("K", "V", "width"), [(512, 512, 128), (100, 3, 128), (0, 33, 64), (1, 1, 32)])
+    @pytest.mark.parametrize(("K", "V", "width"), [(512, 512, 128), (100, 3, 128), (0, 33, 64), (1, 1, 64)])
     def test_no_slice_is_wider_than_heads(K, V, width):
         chosen = tiles.choose(BF16, K, V, 64, 1, torch.device("cpu"))
         assert max(getattr(chosen, kernel).BD for kernel in KERNELS) == width
