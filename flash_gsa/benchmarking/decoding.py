@@ -50,7 +50,7 @@ def measure_decoding(
 
         def run() -> Any:
             # The results are kept to the end, so that no two steps write to one place.
-            return [candidate.step(x, _split(state, shape)) for state in states]
+            return [candidate.step(x, candidate.state(state, shape)) for state in states]
 
     with torch.no_grad():
         cost = Stopwatch(place, budget, repeats).cost(captured(run, place), flush=False)
@@ -65,19 +65,12 @@ def _step_errors(candidate: Implementation, shape: Shape, device: torch.device) 
 
     def define(dtype: torch.dtype) -> Tensors:
         y = in_precision(token, dtype)
-        hk, hv = (part.to(dtype) for part in _split(start, shape))
+        hk, hv = (part.to(dtype) for part in candidate.state(start, shape))
         return _named(reference_step(y["q"], y["k"], y["v"], y["g"], y.get("s"), (hk, hv), 1.0))
 
-    got = _named(candidate.step(x, _split(start, shape)))
+    got = _named(candidate.step(x, candidate.state(start.clone(), shape)))
     return compare(got, define(torch.float64), define(torch.float32))
 
 
 def _named(step: tuple[Tensor, tuple[Tensor, Tensor]]) -> Tensors:
     return {"o": step[0], "hk": step[1][0], "hv": step[1][1]}
-
-
-def _split(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Both states [B, H, K, M] and [B, H, M, V] in one stretch of memory."""
-    B, H, K, V, M = shape.B, shape.H, shape.K, shape.V, shape.M
-    hk, hv = flat.split([B * H * K * M, B * H * M * V])
-    return hk.view(B, H, K, M), hv.view(B, H, M, V)

@@ -55,8 +55,14 @@ class Implementation:
         return None
 
     def step(self, x: Tensors, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(o, new state) of one token: x as `inputs` of one token each."""
+        """(o, new state) of one token: x as `inputs` of one token each; the state may be updated in its memory."""
         raise NotImplementedError
+
+    def state(self, flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The numbers `flat` as a state (hk [B, H, K, M], hv [B, H, M, V]), in memory as a prefill leaves it."""
+        B, H, K, V, M = shape.B, shape.H, shape.K, shape.V, shape.M
+        hk, hv = flat.split([B * H * K * M, B * H * M * V])
+        return hk.view(B, H, K, M), hv.view(B, H, M, V)
 
 
 class Ours(Implementation):
@@ -91,7 +97,12 @@ class Ours(Implementation):
 
     def step(self, x: Tensors, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         token = {name: tensor[:, 0] for name, tensor in x.items()}
-        return gated_slot_attention_step(**token, state=state, backend=self.name)
+        # As generation does it; a backend that has no step of its own makes a new state.
+        return gated_slot_attention_step(**token, state=state, backend=self.name, in_place=True)
+
+    def state(self, flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        hk, hv = super().state(flat, shape)
+        return hk.view(shape.B, shape.H, shape.M, shape.K).transpose(2, 3), hv  # by slots
 
 
 class Fla(Implementation):

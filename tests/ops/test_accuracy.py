@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flash_gsa import gated_slot_attention
 
+from . import judge
 from .helpers import CASES, Case, call, check, make, rounded, run
 
 
@@ -55,7 +56,10 @@ def test_16_bit_inputs_are_rounded_only_at_the_ends(backend, device, case, dtype
     result = run(backend, x, case, device)
     assert result["o"].dtype == dtype
     assert result["hk"].dtype == result["hv"].dtype == torch.float32
-    check(result, x, case)
+    if backend == "triton":  # its products are of 16-bit factors
+        judge.verdict(result, x, case)
+    else:
+        check(result, x, case)
 
 
 @pytest.mark.parametrize("names", ["q", "kv", "g", "s", "hk", "hv"])

@@ -8,6 +8,7 @@ import torch
 from flash_gsa import gated_slot_attention, gated_slot_attention_step
 
 from .helpers import EPS, Case, call, make, run, with_gradients
+from .judge import distance
 
 CLOSE = {"rtol": 0, "atol": 64 * EPS}  # against results of size 1, summed in another order
 
@@ -133,8 +134,13 @@ def test_steps_are_the_sequence(backend, device, dtype, strength):
         )
         outputs.append(o)
     assert outputs[0].dtype == dtype
-    torch.testing.assert_close(torch.stack(outputs, 1), whole[0], rtol=2 * torch.finfo(dtype).eps, atol=64 * EPS)
-    torch.testing.assert_close(state, whole[1:], **CLOSE)
+    o = torch.stack(outputs, 1)
+    if backend == "triton" and dtype == torch.bfloat16:  # a sequence by products of 16-bit factors, a step in float32
+        for one, other in zip((o, *state), whole, strict=True):
+            assert distance(one, other) <= 2 * torch.finfo(dtype).eps
+    else:
+        torch.testing.assert_close(o, whole[0], rtol=2 * torch.finfo(dtype).eps, atol=64 * EPS)
+        torch.testing.assert_close(state, whole[1:], **CLOSE)
 
 
 def test_a_step_leaves_the_state_it_was_given_alone(backend, device):

@@ -85,7 +85,19 @@ def test_what_was_compiled_for_the_same_is_launched_with_constants_in_its_order(
         {"maxnreg": 168},
         {"maxnreg": 128, "enable_fp_fusion": False},
     ],
-    ids=["dtype", "misaligned", "None", "large", "float", "device", "constant", "warps", "stages", "registers", "options"],
+    ids=[
+        "dtype",
+        "misaligned",
+        "None",
+        "large",
+        "float",
+        "device",
+        "constant",
+        "warps",
+        "stages",
+        "registers",
+        "options",
+    ],
 )
 def test_what_the_compiled_code_depends_on_compiles_anew(change):
     kernel = Kernel()

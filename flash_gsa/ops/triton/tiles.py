@@ -196,6 +196,6 @@ def shared_bytes(kernel: str, tile: Tile, C: int, BT: int, precision: torch.dtyp
     inputs = kernel == "inputs_backward"
     slices = (2 if C == BT else 4 if inputs else 3) * BT * tile.BD * given
     states = (2 if inputs else 1) * slots * tile.BD * item
-    weights = (3 if inputs else 1) * BT * slots * item + BT * BT * item
-    gates = BT * slots * (8 + (2 if inputs else 1) * item) + (BT * BT * item if inputs else 0)
+    weights = (1 if not inputs else 4 if R > 1 and slots > 64 else 3) * BT * slots * item + BT * BT * item
+    gates = BT * slots * (8 + (item if not inputs else 14 if item == 4 else 4)) + (BT * BT * item if inputs else 0)
     return max(tile.stages * (slices + states) + weights, gates)
