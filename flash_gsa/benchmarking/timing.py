@@ -46,11 +46,13 @@ class Stopwatch:
     def cost(self, call: Callable[[], object], flush: bool = True) -> Cost:
         """The cost of `call`, which has run before, so that nothing is left to compile.
 
-        The first call warms up; where it alone takes longer than the budget, it is the one that counts.
+        The first call warms up. Where another takes longer than the budget, it is the one that counts.
         """
         self._synchronize()
         before = self._start_memory()
         (first,) = self._times(call, 1, flush)
+        if first > self.budget:  # a library may have set itself up
+            (first,) = self._times(call, 1, flush)
         if first > self.budget:
             return Cost(first, first, first, 1, self._peak_memory(before))
         for _ in range(2):

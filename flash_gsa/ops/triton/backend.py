@@ -29,8 +29,6 @@ def unsupported(problem: Problem) -> str | None:
         return f"its kernels run on CUDA devices, not on {problem.device!r} (or under TRITON_INTERPRET=1)"
     if problem.dtype == torch.float64:
         return "it has no float64"
-    if problem.device == "cuda" and problem.linear:
-        return "its gated linear attention is verified in Triton's interpreter only, not on a GPU yet"
     if problem.linear and problem.K > MAX_SLOTS:
         return f"keys wider than {MAX_SLOTS} in gated linear attention (K = {problem.K})"
     if max(problem.V, 0 if problem.linear else problem.K) > MAX_HEAD:

@@ -323,8 +323,8 @@ def gates_backward(
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
     SLICES: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """ds = written + carried [·, H, M], and dg [·, H, M], which holds what `values_backward` calls reached: of one chunk,
-    a head and a slice of BS slots. Where s is derived from g, its gradient becomes part of dg.
+    """ds = written + carried [·, H, M], and dg [·, H, M], which holds what `values_backward` calls reached: of one
+    chunk, a head and a slice of BS slots. Where s is derived from g, its gradient becomes part of dg.
 
     Grid: (chunks·H·SLICES,).
     """
@@ -378,8 +378,8 @@ def gates_backward(
 
 @triton.jit
 def _of_inputs(
-    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum, carried_sum, writing, row, levels,
-    left, before, factor,
+    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum, carried_sum, writing, row,
+    levels, left, before, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
     FIRST: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -437,8 +437,8 @@ def _of_inputs(
                 out = mm(near_after, zd.to(DOT), out, PRECISION=PRECISION)
             if R > 1:
                 written, behind = _write(
-                    written, behind, scores * factor, scores_after * factor, read + r * M, weights + r * M, until, level,
-                    levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
+                    written, behind, scores * factor, scores_after * factor, read + r * M, weights + r * M, until,
+                    level, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
             if QUERIES and R > 1:
                 hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)

@@ -38,9 +38,9 @@ def states_forward(
     """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
 
     LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
-    sum of its gates; of every segment but a sequence's last, and from the first block on that is not forgotten there. Otherwise hk, hv [chunks, H, M, K | V], both states
-    before each chunk, and hkT, hvT [N, H, M, K | V] after the last; with SPLIT from the local states of the segments
-    before. Grid: (segments·H·slices of K and V,).
+    sum of its gates; of every segment but a sequence's last, and from the first block on that is not forgotten there.
+    Otherwise hk, hv [chunks, H, M, K | V], both states before each chunk, and hkT, hvT [N, H, M, K | V] after the
+    last; with SPLIT from the local states of the segments before. Grid: (segments·H·slices of K and V,).
     """
     KEY_PARTS: tl.constexpr = (K + BD - 1) // BD
     PARTS: tl.constexpr = KEY_PARTS + (V + BD - 1) // BD

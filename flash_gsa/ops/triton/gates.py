@@ -71,7 +71,7 @@ def prepare(
 def _sums(x, BT: tl.constexpr, FORMAT: tl.constexpr):
     """Σ_{i≤t} x_i of x [BT, ·] in x's dtype.
 
-    In bfloat16, as in `sums_over_tokens`, by products with ones: of x in three parts, which together are all its bits.
+    In bfloat16, as in `sums_before_and_from`, by products with ones: of x in three parts, together all its bits.
     """
     if FORMAT == tl.bfloat16:
         high = x.to(tl.bfloat16)
