@@ -77,7 +77,7 @@ def prose_15m(result: dict[str, Any]) -> str:
 def kernel_steps(result: dict[str, Any]) -> str:
     # In the order of their launches; inputs_backward took the place of queries_backward and keys_backward.
     every = ["prepare", "states", "outputs", "values_backward", "queries_backward", "states_backward", "keys_backward"]
-    every += ["inputs_backward", "across_blocks"]
+    every += ["inputs_backward", "across_blocks", "gates_backward"]
     names = [name for name in every if any(name in step["kernels"] for step in result["steps"])]
     rows = []
     for step in result["steps"]:
@@ -154,6 +154,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_15m": prose_15m,
     "op_cpu": operator,
     "op_gpu": operator,
+    "op_gpu_second": operator,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "decode_gpu": decode_gpu,
