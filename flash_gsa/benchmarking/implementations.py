@@ -97,7 +97,7 @@ class Ours(Implementation):
 
     def step(self, x: Tensors, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         token = {name: tensor[:, 0] for name, tensor in x.items()}
-        # As generation does it; a backend that has no step of its own makes a new state.
+        # In place, as generation does it; FLA always makes a new state.
         return gated_slot_attention_step(**token, state=state, backend=self.name, in_place=True)
 
     def state(self, flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

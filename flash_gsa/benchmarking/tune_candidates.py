@@ -20,6 +20,7 @@ from flash_gsa.ops.triton.tiles import (
     Tile,
     Tiles,
     find_row,
+    narrowest,
     shared_bytes,
 )
 
@@ -119,7 +120,8 @@ class Group:
         widths, stages = ((32, 64, 128), (1, 2, 3, 4)) if half else ((16, 32, 64), (1, 2, 3))
         wide = Tiles(*cut, *[Tile(512, 4, 1)] * len(KERNELS))
         widest = max(getattr(w.tiles(wide), kernel).BD for w in self.workloads)
-        near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages, REGISTERS) if sizes[0] <= widest]
+        least = narrowest(self.workloads[0].dtype) if cut[1] >= 64 else 0
+        near = [Tile(*sizes) for sizes in product(widths, (4, 8), stages, REGISTERS) if least <= sizes[0] <= widest]
         near.sort(key=lambda tile: min(_distance(tile, row) for row in rows))
         every = list(dict.fromkeys((*rows, *near)))
         fits = [tile for tile in every if tile in rows or self._shared(kernel, tile, *cut) <= 2 * limit]

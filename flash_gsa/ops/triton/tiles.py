@@ -139,11 +139,18 @@ TABLE = (
 _forced: Tiles | None = None
 
 
+def narrowest(precision: torch.dtype) -> int:
+    """The least BD of blocks of 64 tokens and more.
+
+    Of slices of 16 or 32 numbers in 16 bits, as operands of Hopper's products in shared memory, Triton 3.6 reads what
+    lies behind (seen by compute-sanitizer); those of 64 fill the 128 bytes in which such memory is laid out.
+    """
+    return 16 if precision == FP32 else 64
+
+
 def choose(dtype: torch.dtype, K: int, V: int, M: int, R: int, device: torch.device) -> Tiles:
     """Tiles for heads of width K and V, M slots, R query heads a group."""
-    # Of slices of 16 or 32 numbers in 16 bits, as operands of Hopper's products in shared memory, Triton 3.6 reads what
-    # lies behind (seen by compute-sanitizer); those of 64 fill the 128 bytes in which such memory is laid out.
-    width = max(16 if dtype == FP32 else 64, 1 << (int(max(K, V)) - 1).bit_length())
+    width = max(narrowest(dtype), 1 << (int(max(K, V)) - 1).bit_length())
     if _forced is not None:
         return _forced.cut(width)
     return _from_table(architecture(device), dtype, width, int(M), int(R))
@@ -196,6 +203,10 @@ def shared_bytes(kernel: str, tile: Tile, C: int, BT: int, precision: torch.dtyp
     inputs = kernel == "inputs_backward"
     slices = (2 if C == BT else 4 if inputs else 3) * BT * tile.BD * given
     states = (2 if inputs else 1) * slots * tile.BD * item
-    weights = (1 if not inputs else 4 if R > 1 and slots > 64 else 3) * BT * slots * item + BT * BT * item
-    gates = BT * slots * (8 + (item if not inputs else 14 if item == 4 else 4)) + (BT * BT * item if inputs else 0)
-    return max(tile.stages * (slices + states) + weights, gates)
+    near, weight = BT * BT * item, BT * slots * item
+    if not inputs:
+        return max(tile.stages * (slices + states) + weight + near, BT * slots * 8 + weight)
+    # Found by compiling: a tile of weights more for groups with many slots, in float32 half of one more beside gates.
+    weights = (4 if R > 1 and slots > 64 else 3) * weight
+    gates = BT * slots * 8 + (7 if item == 4 else 4) * weight // 2
+    return max(tile.stages * (slices + states) + weights, gates) + near
