@@ -172,9 +172,9 @@ def recorded() -> Iterator[list[Launch]]:
 
     launch, launches = launching.launch, []
 
-    def note(kernel: Any, *arguments: Any, **options: Any) -> Any:
-        compiled = launch(kernel, *arguments, **options)
-        launches.append(Launch(kernel.fn.__name__, partial(launch, kernel, *arguments, **options), compiled))
+    def note(variant: launching.Variant, programs: int, arguments: tuple) -> Any:
+        compiled = launch(variant, programs, arguments)
+        launches.append(Launch(variant.kernel.fn.__name__, partial(launch, variant, programs, arguments), compiled))
         return compiled
 
     launching.launch = note
@@ -267,18 +267,10 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
     driver.set_active(_NoDevice(target))
     launch, compiled = launching.launch, []
 
-    def compile_only(
-        kernel: Any,
-        programs: int,
-        arguments: tuple,
-        constants: Record,
-        warps: int,
-        stages: int = 1,
-        **options: Any,
-    ) -> None:
-        if FIELDS.get(kernel.fn.__name__) == wanted:
-            options |= constants | {"num_warps": warps, "num_stages": stages, "grid": (programs,), "warmup": True}
-            compiled.append(kernel.run(*arguments, **options))
+    def compile_only(variant: launching.Variant, programs: int, arguments: tuple) -> None:
+        if FIELDS.get(variant.kernel.fn.__name__) == wanted:
+            options = {"num_warps": variant.warps, "num_stages": variant.stages, "grid": (programs,), "warmup": True}
+            compiled.append(variant.kernel.run(*arguments, **variant.constants, **variant.options, **options))
 
     launching.launch = compile_only
     start = time.perf_counter()

@@ -28,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .chunks import locate
+from .launching import run
 from .plan import Parts
 from .pointwise import log_sigmoid, sigmoid
 
@@ -253,7 +254,7 @@ class Cut:
         span = triton.next_power_of_2(shortest)
         self.split = span < T
         self.parts = Parts(B, T, span, cu_seqlens, at_least_one=True)
-        self.grid = (self.parts.count * blocks,)
+        self.programs = self.parts.count * blocks
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         self.shape = (sequences, H, M)
         cu = None if cu_seqlens is None else cu_seqlens.to(like.device, torch.int32, non_blocking=True)
@@ -267,10 +268,8 @@ class Cut:
         return first, second
 
     def launch(self, kernel, rows: int, *arguments, **constants) -> None:
-        kernel[self.grid](
-            *arguments, *self.table, C=self.channels, BC=self.BC, ROWS=rows, PACKED=self.table[0] is not None,
-            **constants, num_warps=1,
-        )  # fmt: skip
+        constants |= {"C": self.channels, "BC": self.BC, "ROWS": rows, "PACKED": self.table[0] is not None}
+        run(kernel, self.programs, (*arguments, *self.table), constants, warps=1)
 
 
 def abc_gates(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,50 +1,83 @@
 """Launches of compiled kernels, without what Triton looks up anew at each of them.
 
-Triton's own path specializes every argument and binds it by name, which for kernels of fifty arguments takes the
-processor longer than some of them take the GPU. Here the compiled kernel is found by what decides on it: constants, and
-of each argument its type and whether its address is a multiple of 16 bytes.
+Triton's own path specializes every argument, binds it by name and asks the driver about every pointer, which for
+kernels of fifty arguments takes the processor longer than some of them take the GPU. Here the compiled kernel is found
+by what decides on it: constants, and of each argument its type and whether its address is a multiple of 16 bytes.
 """
 
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A kernel with all that is known of it beside its arguments.
+
+    kernel: a `triton.jit` function.
+    constants: the parameters that follow its arguments, by name.
+    options: more that the compiler shall know, by Triton's names.
+    compiled: by kinds of arguments what was compiled for them, and the constants in the kernel's order.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    options: dict[str, Any]
+    compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
 
 
-def launch(
+@functools.cache
+def variant(
+    kernel: Any, constants: frozenset, warps: int, stages: int = 1, options: frozenset = frozenset()
+) -> Variant:
+    """The one Variant with these constants and options, given as pairs."""
+    return Variant(kernel, dict(constants), warps, stages, dict(options))
+
+
+def launch(variant: Variant, programs: int, arguments: tuple) -> Any:
+    """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
+
+    Args:
+        arguments: tensors, numbers and None, in the kernel's order; the first is a tensor on the current device.
+    """
+    values, kinds = [], [arguments[0].device]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            values.append(address)
+            kinds.append((x.dtype,) if address & 15 else x.dtype)
+        else:
+            values.append(x)
+            # Of integers Triton's code may know whether they are 1 or multiples of 16, and it takes 32 bits or 64.
+            kinds.append((x == 1, x & 15 == 0, -(2**31) <= x < 2**31) if isinstance(x, int) else type(x))
+    found = variant.compiled.get(key := tuple(kinds))
+    if found is None:
+        return _compile(variant, programs, arguments, key)
+    compiled, rest = found
+    compiled[(programs, 1, 1)](*values, *rest)
+    return compiled
+
+
+def run(
     kernel: Any,
     programs: int,
     arguments: tuple,
     constants: dict[str, Any],
-    warps: int,
-    stages: int = 1,
-    **options: Any,
-) -> Any:
-    """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """`launch` the variant with these constants."""
+    launch(variant(kernel, frozenset(constants.items()), warps, stages), programs, arguments)
 
-    Args:
-        kernel: a `triton.jit` function that specializes no numbers (do_not_specialize).
-        arguments: tensors, numbers and None, in its order; the first is a tensor on the current device.
-        constants: the parameters that follow, by name.
-        options: more that the compiler shall know, by Triton's names.
-    """
-    key = (kernel, arguments[0].device, warps, stages, *options.items(), *constants.items(), *map(_kind, arguments))
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **options)
-        if compiled is not None:
-            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        return compiled
-    compiled, rest = found
-    compiled[(programs, 1, 1)](*arguments, *rest)
+
+def _compile(variant: Variant, programs: int, arguments: tuple, key: tuple) -> Any:
+    options = variant.constants | variant.options | {"num_warps": variant.warps, "num_stages": variant.stages}
+    compiled = variant.kernel[(programs,)](*arguments, **options)
+    if compiled is not None:
+        names = variant.kernel.arg_names[len(arguments) :]
+        variant.compiled[key] = compiled, tuple(variant.constants[name] for name in names)
     return compiled
-
-
-def _kind(x: Any) -> Any:
-    """All that the compiled code knows of an argument."""
-    if isinstance(x, Tensor):
-        return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,)
-    if isinstance(x, int):
-        return -(2**31) <= x < 2**31
-    return type(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backward, forward
-from .plan import Plan, cdiv
+from .plan import Plan, cdiv, plan_for
 
 
 def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bool) -> tuple[tuple, tuple]:
@@ -22,7 +22,7 @@ def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bo
 
 def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
     """((o, hkT, hvT), what the backward needs); the last two of the latter are the states before every chunk."""
-    plan = Plan(q, k, v, g, s is not None, cu_seqlens)
+    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, want_final, keep)
     *gates, p, lse, hk, hv = shared
@@ -49,7 +49,7 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
 
     The states in `shared` may be None: computed again. last_use: `shared` may be written over.
     """
-    plan = Plan(q, k, v, g, s is not None, cu_seqlens)
+    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     *gates, p, lse, hk, hv = shared
     until, _, kept, _, _ = gates
@@ -120,7 +120,7 @@ def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -
 
 def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
     """((o, hT), what the backward needs)."""
-    plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
     (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
     *gates, h = shared
     until, _, kept, _, _ = gates
@@ -136,7 +136,7 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
 
 def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: float):
     """Gradients of q, k, v, g and the initial state."""
-    plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
+    plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
     *gates, h = shared
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read = torch.empty_like(q, dtype=plan.state_dtype)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gates, launching
-from .tiles import Tile, choose
+from .tiles import Tile, choose, forced
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
 RANGE = 60.0
@@ -18,16 +18,13 @@ RANGE = 60.0
 FILLING = 128
 # Of kernels that only touch gates; BD means nothing there.
 OVER_GATES = Tile(0, 4, 1)
+# How many sizes a process remembers.
+KEPT = 256
 
 
 def cdiv(a, b):
     """a / b rounded up; also of torch.compile's symbolic integers."""
     return -(-a // b)
-
-
-@functools.cache
-def _parameters(kernel) -> frozenset[str]:
-    return frozenset(kernel.arg_names)
 
 
 def padded(M: int, dtype: torch.dtype) -> int:
@@ -89,6 +86,7 @@ class Plan:
         # Slots of one program of a kernel over gates. Preparing those of the 1.3B layer: 26 µs, by 64 32, by 16 30.
         self.slice = min(32, BM)
         self.slot_slices = cdiv(self.M, self.slice)
+        self._variants: dict[tuple, launching.Variant] = {}
         self.constants = {
             "H": self.H,
             "R": self.R,
@@ -200,8 +198,31 @@ class Plan:
 
     def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile, **options) -> None:
         """Launch with `constants`, and of the plan's own those that the kernel has."""
-        takes = _parameters(kernel)
-        own = {name: value for name, value in self.constants.items() if name in takes}
+        key = (kernel.fn, tile, *constants.values(), *options)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._variant(kernel, constants, tile, options)
+        launching.launch(variant, programs, arguments)
+
+    def _variant(self, kernel, constants: dict, tile: Tile, options: dict) -> launching.Variant:
+        own = {name: value for name, value in self.constants.items() if name in kernel.arg_names}
         if tile.registers < 255:
             options["maxnreg"] = tile.registers
-        launching.launch(kernel, programs, arguments, own | constants, tile.warps, tile.stages, **options)
+        pairs = frozenset((own | constants).items()), tile.warps, tile.stages, frozenset(options.items())
+        return launching.variant(kernel, *pairs)
+
+
+def plan_for(q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False) -> Plan:
+    """The plan of a call: that of the last call of the same sizes, unless sequences are packed."""
+    if cu_seqlens is not None:
+        return Plan(q, k, v, g, has_s, cu_seqlens, linear)
+    key = (q.shape, k.shape[2], v.shape[3], g.shape[3], q.dtype, q.device, has_s, linear, forced())
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= KEPT:
+            _plans.clear()
+        plan = _plans[key] = Plan(q, k, v, g, has_s, None, linear)
+    return plan
+
+
+_plans: dict[tuple, Plan] = {}

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .launching import run
+
 # Numbers of one tensor that 4 warps hold: in 16 bits two loads of 16 bytes a thread. A wider row gets more warps.
 TILE = 2048
 # Programs that share the rows of a norm's backward; each adds up its part of the weight's gradient. The same number on
@@ -191,7 +193,7 @@ def silu_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _silu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with torch.cuda.device_of(q):
-        silu_forward[(_tiles(q, k, v),)](q, k, v, *out, q.numel(), k.numel(), v.numel(), TILE=TILE)
+        run(silu_forward, _tiles(q, k, v), (q, k, v, *out, q.numel(), k.numel(), v.numel()), {"TILE": TILE})
     return out
 
 
@@ -209,7 +211,7 @@ class _Silu(Function):
         found = [torch.empty_like(x) for x in inputs]
         sizes = [x.numel() for x in inputs]
         with torch.cuda.device_of(inputs[0]):
-            silu_backward[(_tiles(*inputs),)](*inputs, *outgoing, *found, *sizes, TILE=TILE)
+            run(silu_backward, _tiles(*inputs), (*inputs, *outgoing, *found, *sizes), {"TILE": TILE})
         return tuple(found)
 
 
@@ -222,7 +224,7 @@ def log_gates(f: Tensor, normalizer: float) -> Tensor:
 def _gates(f: Tensor, rate: float) -> Tensor:
     g = torch.empty_like(f, dtype=torch.float32)
     with torch.cuda.device_of(f):
-        gates_forward[(_tiles(f),)](f, g, rate, f.numel(), TILE=TILE)
+        run(gates_forward, _tiles(f), (f, g, rate, f.numel()), {"TILE": TILE})
     return g
 
 
@@ -239,7 +241,7 @@ class _Gates(Function):
         (f,) = ctx.saved_tensors
         df = torch.empty_like(f)
         with torch.cuda.device_of(f):
-            gates_backward[(_tiles(f),)](f, dg.contiguous(), df, ctx.rate, f.numel(), TILE=TILE)
+            run(gates_backward, _tiles(f), (f, dg.contiguous(), df, ctx.rate, f.numel()), {"TILE": TILE})
         return df, None
 
 
@@ -254,9 +256,9 @@ def _silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Te
     plan, rows = Rows(x.shape[-1]), x.numel() // x.shape[-1]
     y, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        norm_forward[(triton.cdiv(rows, plan.rows),)](
-            x, weight, y, inverse, rows, eps, **plan.sizes, HAS_WEIGHT=weight is not None, num_warps=plan.warps
-        )
+        constants = plan.sizes | {"HAS_WEIGHT": weight is not None}
+        programs = triton.cdiv(rows, plan.rows)
+        run(norm_forward, programs, (x, weight, y, inverse, rows, eps), constants, plan.warps)
     return y, inverse
 
 
@@ -278,8 +280,7 @@ class _SiluNorm(Function):
             programs = min(programs, SHARES)
             parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
         with torch.cuda.device_of(x):
-            norm_backward[(programs,)](
-                x, weight, inverse, dy.contiguous(), dx, parts, inverse.numel(), **plan.sizes,
-                HAS_WEIGHT=weight is not None, STAGES=1 if weight is None else STAGES, num_warps=plan.warps,
-            )  # fmt: skip
+            arguments = (x, weight, inverse, dy.contiguous(), dx, parts, inverse.numel())
+            constants = plan.sizes | {"HAS_WEIGHT": weight is not None, "STAGES": 1 if weight is None else STAGES}
+            run(norm_backward, programs, arguments, constants, plan.warps)
         return dx, None if parts is None else parts.sum(0).to(weight.dtype), None

@@ -25,6 +25,7 @@ from ..reference import reference_step
 from ..registry import State
 from .arrivals import PER_MEETING, arrive, meeting_place, wait
 from .chunks import one_minus_exp
+from .launching import run
 from .step_slots import step_slots
 
 MOST_AT_ONCE = 8
@@ -324,27 +325,24 @@ def launch(
             parts, arrived = meeting_place(groups, groups * P * (R * (BV + 2) if by_slots else BR * BM), q.device)
         places = (q, k, v, g, s, *state, *new, o, parts, arrived)
         strides = [0 if x is None else x.stride(0) for x in (q, k, v, g, s)]
-        sizes = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING}
-        options = {"HAS_S": s is not None, "num_warps": split.warps}
+        constants = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING, "HAS_S": s is not None}
         (hk_b, hk_h, hk_k, hk_m), (hv_b, hv_h, hv_m, hv_v) = (x.stride() for x in state)
         if by_slots:
             BM, TILES = _cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
-            step_slots[(groups * P,)](
-                *places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, TILES=TILES, AT_ONCE=max(1, min(P, 1024 * split.warps // BV)),
-                STAGES=min(split.stages, TILES + 1), **options,
-            )  # fmt: skip
+            arguments = (*places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H)
+            constants |= {"BK": BK, "BV": BV, "BM": BM, "TILES": TILES, "STAGES": min(split.stages, TILES + 1)}
+            constants["AT_ONCE"] = max(1, min(P, 1024 * split.warps // BV))
+            run(step_slots, groups * P, arguments, constants, split.warps)
         else:
             BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
             BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
             # Loads of fewer numbers than threads leave the tiles of Ṽ, which come in a loop, their layout: read in
             # that of a larger load, each costs thousands of cycles.
             AT_ONCE = 1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM))
-            step[(groups * P,)](
-                *places, *strides, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H,
-                **sizes, BK=BK, BV=BV, BM=BM, BR=BR, ROWS=min(R, MOST_AT_ONCE), K_TILES=K_TILES, V_TILES=V_TILES,
-                AT_ONCE=AT_ONCE, STAGES=split.stages, **options,
-            )  # fmt: skip
+            arguments = (*places, *strides, hk_b, hk_h, hk_k, hk_m, hv_b, hv_h, hv_m, hv_v, scale, H)
+            constants |= {"BK": BK, "BV": BV, "BM": BM, "BR": BR, "ROWS": min(R, MOST_AT_ONCE)}
+            constants |= {"K_TILES": K_TILES, "V_TILES": V_TILES, "AT_ONCE": AT_ONCE, "STAGES": split.stages}
+            run(step, groups * P, arguments, constants, split.warps)
     return o
 
 

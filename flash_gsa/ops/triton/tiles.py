@@ -188,6 +188,11 @@ def using(tiles: Tiles) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Tiles | None:
+    """Those that hold within `using`."""
+    return _forced
+
+
 def shared_bytes(kernel: str, tile: Tile, C: int, BT: int, precision: torch.dtype, M: int, R: int) -> int:
     """Shared memory that a program of `kernel` takes, at most: an estimate that no tile compiled so far exceeds.
 
