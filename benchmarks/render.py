@@ -114,6 +114,19 @@ def kernel_counters(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), "\n".join(said.values()), told(result["about"])])
 
 
+def kernel_trials(result: dict[str, Any]) -> str:
+    rows, told_of = [], []
+    for trial in result["trials"]:
+        for r in trial["rows"]:
+            kernels = ", ".join(f"{name} {time}" for name, time in r["kernels_us"].items())
+            times = ["" if r[name] is None else f"{r[name]:.0f}" for name in ("forward_us", "both_us")]
+            rows.append([trial["name"] if r is trial["rows"][0] else "", r["variant"], *times, kernels])
+        expected = " to ".join(dict.fromkeys(f"{time:.0f}" for time in trial["expected_both_us"]))
+        told_of.append(f"- **{trial['name']}.** {trial['what']}. Expected: {expected} µs. Learnt: {trial['learnt']}.")
+    heads = ["trial", "", "forward µs", "+ backward µs", "of it, µs"]
+    return "\n\n".join([table(heads, rows), "\n".join(told_of), told(result["about"])])
+
+
 def decode_gpu(result: dict[str, Any]) -> str:
     about = result["about"]
     rows, other = [], []
@@ -148,6 +161,20 @@ def decode_gpu(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 
+def drift(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    stops = list(dict.fromkeys(r["steps"] for r in rows))
+    shown = [stop for stop in stops if stop >= 100]
+    found = {(r["state"], r["span"], r["steps"]): r["output"] for r in rows}
+    lines = [
+        [f"{span:,}", name, *(f"{100 * found[name, span, stop]:.2f}" for stop in shown)]
+        for span in dict.fromkeys(r["span"] for r in rows)
+        for name in dict.fromkeys(r["state"] for r in rows)
+    ]
+    heads = ["slots remember, tokens", "state", *(f"error of o, %, after {stop:,} tokens" for stop in shown)]
+    return "\n\n".join([table(heads, lines), told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
@@ -157,7 +184,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_gpu_second": operator,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
+    "kernel_trials": kernel_trials,
     "decode_gpu": decode_gpu,
+    "drift": drift,
 }
 
 

@@ -1,5 +1,6 @@
 """What every result file says of itself: device, versions, commit, date, command."""
 
+import json
 import os
 import platform
 import subprocess
@@ -48,6 +49,21 @@ def about(command: str, device: str | None = None, known_commit: str | None = No
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version(), **versions()},
     }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The result as a JSON file, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UsageError(f"the result cannot be written to {path}: {error.strerror}") from None
 
 
 def commit() -> str | None:

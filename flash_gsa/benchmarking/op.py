@@ -1,7 +1,5 @@
 """The benchmark as a whole: which measurements, in which order, and the result they add up to."""
 
-import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +9,7 @@ from typing import Any
 from flash_gsa.errors import UsageError, did_you_mean
 
 from . import measurements
+from .about import write
 from .cold_start import measure_cold_start
 from .decoding import measure_decoding
 from .layer import measure_layer, measured_of_layers
@@ -136,7 +135,7 @@ def _benchmark(options: Options, output: Path | None, say: Callable[[str], None]
         say(f"[{number}/{len(tasks)}] {task.title}: {told(task.part, record)}")
         result["seconds"] = round(time.monotonic() - started, 1)
         if output is not None:
-            _write(result, output)
+            write(result, output)
     return result
 
 
@@ -232,13 +231,6 @@ def _keep(result: Result, part: str, record: Result) -> None:
         if cost and "least_bytes" in cost and "copy" in ceilings:
             cost["least_seconds"] = cost["least_bytes"] / ceilings["copy"]["bytes_per_second"]
             cost["times_the_least"] = cost["seconds"] / cost["least_seconds"]
-
-
-def _write(result: Result, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _all_known(what: str, given: Iterable[str], known: Collection[str]) -> None:

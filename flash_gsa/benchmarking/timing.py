@@ -37,8 +37,8 @@ class Stopwatch:
         budget: seconds of timed calls in one measurement, about.
         repeats: how often a measurement is made anew within the budget, to show the spread.
 
-    Backwards run in the calling thread. Otherwise a backward on a GPU is handed to a thread of autograd's and back, once
-    however deep the model is; that took 300 µs on a virtual machine, more than the operator's own share.
+    Backwards run in the calling thread. Otherwise a backward on a GPU is handed to a thread of autograd's and back,
+    once however deep the model is; that took 300 µs on a virtual machine, more than the operator's own share.
     """
 
     def __init__(self, device: torch.device, budget: float, repeats: int):

@@ -4,7 +4,6 @@ For every row the calls that it is for are taken, one kernel after the other is 
 there is, and of every C and BT the fastest tiles together are timed as a whole beside that row.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 from flash_gsa.errors import UsageError, did_you_mean
 from flash_gsa.ops.triton.tiles import KERNELS, Tile, Tiles
 
+from .about import write
 from .tune_candidates import Cut, Group, Workload, best, groups, row_text, sizes_of, stands_in_table
 from .tune_kernels import NO_TIME, Machine
 
@@ -109,8 +109,7 @@ def tune(options: Options, output: Path | None = None, say: Say = print, machine
             result["groups"].append(found)
             result["seconds"] = round(time.monotonic() - started, 1)
             if output is not None:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                write(result, output)
     rows = [found["row"] for found in result["groups"] if found["row"]]
     if rows:
         say("\nPaste into TABLE of flash_gsa/ops/triton/tiles.py, before the rows of ANY:")

@@ -158,6 +158,33 @@ def plots(
 bench.command("tune")(tune)
 
 
+@bench.command("drift")
+def drift(
+    context: typer.Context,
+    steps: Annotated[int, typer.Option(help="Tokens to decode.", metavar="N")] = 100_000,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for everything measured, written anew as it grows.", metavar="FILE")
+    ] = None,
+    device: DeviceOption = "auto",
+    commit: Annotated[
+        str | None,
+        typer.Option(help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
+    ] = None,
+) -> None:
+    """Measure how far decoding drifts from the exact recurrence, with states in float32 and in bfloat16.
+
+    By how long slots remember, from 10 to 100,000 tokens, after 1, 10, 100, … tokens.
+
+    Example: [bold]flash-gsa bench drift --steps 100000 --output drift.json[/bold]
+    """
+    from flash_gsa.benchmarking.drift import measure_drift
+
+    command = _command(context, "drift")
+    measure_drift(steps, output, device, command, commit, say=lambda line: print(line, flush=True))
+    if output is not None:
+        print(f"written: {output}")
+
+
 def _draw(result: dict[str, Any], folder: Path) -> None:
     from flash_gsa.benchmarking.plots import draw
 
@@ -169,9 +196,9 @@ def _names(given: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip()) if given else ()
 
 
-def _command(context: typer.Context) -> str:
+def _command(context: typer.Context, name: str = "op") -> str:
     """The command as typed, without where things go."""
-    words = ["flash-gsa", "bench", "op"]
+    words = ["flash-gsa", "bench", name]
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)

@@ -102,6 +102,23 @@ def test_mistakes_are_told_without_traceback(run, words, told):
     assert "Traceback" not in answer.err
 
 
+def test_drift_is_measured(run, tmp_path):
+    answer = run("bench", "drift", "--steps", 20, "--device", "cpu", "--output", tmp_path / "drift.json")
+    assert answer.status == 0, answer.err
+    assert answer.out.count("state in bfloat16: o off by") == 3
+    about = json.loads((tmp_path / "drift.json").read_text(encoding="utf-8"))["about"]
+    assert about["command"] == "flash-gsa bench drift --steps 20 --device cpu"
+    answer = run("bench", "drift", "--steps", 0)
+    assert (answer.status, "at least 1" in answer.err, "Traceback" in answer.err) == (2, True, False)
+
+
+def test_a_result_that_cannot_be_written_is_told(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    answer = run("bench", "drift", "--steps", 1, "--device", "cpu", "--output", tmp_path / "file" / "drift.json")
+    assert answer.status == 2
+    assert "cannot be written" in answer.err
+
+
 def test_help_teaches(run):
     assert "bench" in run("--help").out
     assert "plots" in run("bench", "--help").out
