@@ -181,7 +181,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_15m": prose_15m,
     "op_cpu": operator,
     "op_gpu": operator,
-    "op_gpu_second": operator,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "kernel_trials": kernel_trials,

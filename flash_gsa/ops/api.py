@@ -109,8 +109,8 @@ def gated_slot_attention_step(
         state: (hk [B, H, K, M], hv [B, H, M, V]) float32 (float64 for float64 inputs). For a new sequence give zeros.
             Both may be bfloat16, half the memory and half the traffic. Arithmetic is float32 and o is read before the
             state is rounded, but every token rounds it again: what a slot takes from a token is lost where it is less
-            than half a unit in the last place (2^-9 to 2^-8) of what the slot holds, so slots whose gates are near 0
-            err most.
+            than half a unit in the last place (2^-9 to 2^-8) of what the slot holds: right where slots remember up to
+            some hundred tokens, not beyond (measured: docs/kernels.md, decoding).
         scale: factor on the slot scores; 1 in GSA.
         in_place: update the given state's memory and return it; without gradients. False leaves it unchanged.
         backend: as in `gated_slot_attention`.
