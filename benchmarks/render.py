@@ -175,6 +175,14 @@ def drift(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, lines), told(result["about"])])
 
 
+def gpu_tests(result: dict[str, Any]) -> str:
+    counts, skipped = result["counts"], result["skipped"]
+    why = "".join(f"; {count} skipped ({reason})" for reason, count in skipped.items())
+    failed = f"{counts['failed']:,} failed, " if counts.get("failed") else ""
+    outcome = f"{failed}{counts['passed']:,} passed{why} in {minutes(result['seconds'])}."
+    return "\n\n".join([outcome, told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
@@ -186,6 +194,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernel_trials": kernel_trials,
     "decode_gpu": decode_gpu,
     "drift": drift,
+    "test_gpu": gpu_tests,
+    "test_gpu_limits": gpu_tests,
 }
 
 
