@@ -23,7 +23,7 @@ demo: $(VENV)/.installed   ## train a small GSA language model on Python's stand
 	$(BIN)/flash-gsa demo
 
 test: $(VENV)/.installed   ## every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: $(VENV)/.installed   ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .
