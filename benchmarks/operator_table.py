@@ -34,6 +34,22 @@ def operator(result: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Of the same result: forward and backward at each shape, beside each of the others."""
+    shapes = _by_label(result["shapes"])
+    others = [n for n in STYLES if n != "auto" and any(_timed(records.get(n)) for records in shapes.values())]
+    header = ["forward + backward, ms", NAMES["auto"], *(cell for n in others for cell in (NAMES[n], "")), "MiB"]
+    rows = []
+    for label, records in shapes.items():
+        row = [label, _cell(records["auto"], "forward_backward")]
+        for name in others:
+            record = records.get(name)
+            row += [_cell(record, "forward_backward")]
+            row += [_times_faster(_timed(records["auto"]), _timed(record), "forward_backward")]
+        rows.append([*row, _memory(records["auto"])])
+    return "\n\n".join([table(header, rows), told(result["about"])])
+
+
 def _by_label(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{shape: {implementation: record}} of what ran, where this package did."""
     found: dict[str, dict[str, dict[str, Any]]] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import minutes, table, told
-from benchmarks.operator_table import operator
+from benchmarks.operator_table import operator, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -189,6 +189,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_15m": prose_15m,
     "op_cpu": operator,
     "op_gpu": operator,
+    "op_gpu-summary": summary,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "kernel_trials": kernel_trials,
@@ -205,10 +206,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def block(name: str) -> str:
-    """What stands in a block of that name."""
-    if not (RESULTS / f"{name}.json").exists():
+    """What stands in a block of that name; `NAME-summary` is of the same file as NAME."""
+    file = name.removesuffix("-summary")
+    if not (RESULTS / f"{file}.json").exists():
         return "Not measured yet."
-    return RENDERERS[name](load(name))
+    return RENDERERS[name](load(file))
 
 
 def rendered(text: str) -> str:

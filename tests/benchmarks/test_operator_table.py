@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import render
-from benchmarks.operator_table import operator
+from benchmarks.operator_table import operator, summary
 from tests.benchmarking.made_up import made_up_result
 
 
@@ -33,6 +33,17 @@ def test_times_memory_and_ratios(monkeypatch):
     assert "takes 20 s with empty caches and 5 s with filled ones" in text
     assert "1,000 GB/s" in text
     assert text.splitlines()[-1].startswith("`flash-gsa bench op` · made-up GPU")
+
+
+def test_the_summary_is_one_line_a_shape(monkeypatch):
+    heading, first, *rest = rows(summary(made_up_result(monkeypatch)))
+    assert heading == [
+        *("forward + backward, ms", "flash-gsa", "FLA", "", "softmax, cuDNN", "", "softmax, flash", "", "MiB"),
+    ]
+    assert first == ["1.3B-8x2048", "0.492", "2.46", "**5.0×**", "0.983", "**2.0×**", "0.246", "**0.5×**", "4"]
+    by_name = {row[0]: row for row in rest}
+    assert by_name["7B-4x4096"][6:8] == ["failed", "–"]
+    assert by_name["340M-8x2048"][2:4] == ["wrong", "–"]
 
 
 def test_layers_beside_their_projections_and_what_surrounds_the_operator(monkeypatch):

@@ -41,3 +41,35 @@ def test_decoding_says_which_times_are_not_of_what_is_launched():
     text = render.decode_gpu(result | {"times": [as_launched, time | {"stages": 5, "stages_timed": 4}]})
     assert text.count("| 20.0 |") == text.count(r"| 20.0\* |") == 1
     assert "with 4 for 5." in text
+
+
+def test_gpu_tests_say_what_failed_and_was_skipped():
+    about = {"command": "pytest", "date": "2026-11-25", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
+    result = {
+        "about": about,
+        "counts": {"passed": 1146, "skipped": 17},
+        "skipped": {"no float64": 17},
+        "seconds": 259.0,
+    }
+    assert render.gpu_tests(result).startswith("1,146 passed; 17 skipped (no float64) in 4 min 19 s.")
+    result = {"about": about, "counts": {"passed": 3, "failed": 2}, "skipped": {}, "seconds": 61.0}
+    assert render.gpu_tests(result).startswith("2 failed, 3 passed in 1 min 1 s.")
+
+
+def test_drift_has_a_line_a_span_and_state():
+    about = {"command": "drift", "date": "2026-11-25", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
+    rows = [
+        {"state": state, "span": span, "steps": steps, "output": error / 100, "states": 0.0}
+        for state, span, steps, error in (
+            ("float32", 10, 10, 9.0),
+            ("float32", 10, 100, 0.1),
+            ("float32", 10, 1000, 0.2),
+            ("bfloat16", 10, 100, 3.0),
+            ("bfloat16", 10, 1000, 4.5),
+        )
+    ]
+    text = render.drift({"about": about, "rows": rows})
+    assert "error of o, %, after 1,000 tokens" in text
+    assert "| 10 | float32 | 0.10 | 0.20 |" in text
+    assert "| 10 | bfloat16 | 3.00 | 4.50 |" in text
+    assert "9.00" not in text
