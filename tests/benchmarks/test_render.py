@@ -53,7 +53,7 @@ def test_gpu_tests_say_what_failed_and_was_skipped():
     }
     assert render.gpu_tests(result).startswith("1,146 passed; 17 skipped (no float64) in 4 min 19 s.")
     result = {"about": about, "counts": {"passed": 3, "failed": 2}, "skipped": {}, "seconds": 61.0}
-    assert render.gpu_tests(result).startswith("2 failed, 3 passed in 1 min 1 s.")
+    assert render.gpu_tests(result).startswith("2 failed, 3 passed in 1 min 01 s.")
 
 
 def test_drift_has_a_line_a_span_and_state():
