@@ -1,0 +1,146 @@
+"""One of several processes of a test: `python -m tests.parallel.ranks FOLDER RANK RANKS`.
+
+It takes its part in every case for so many ranks, and leaves what it found in FOLDER.
+"""
+
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from flash_gsa import gated_slot_attention
+from flash_gsa.parallel import context_parallel_gated_slot_attention
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: of each rank; lengths: of packed sequences; gates: factor on log gates, 0 for slots that keep all."""
+
+    name: str
+    tokens: tuple[int, ...]
+    B: int = 2
+    HQ: int = 4
+    H: int = 2
+    K: int = 5
+    V: int = 6
+    M: int = 3
+    strength: bool = False
+    state: bool = False
+    lengths: tuple[int, ...] | None = None
+    gates: float = 0.3
+    dtype: torch.dtype = torch.float64
+    scale: float = 1.0
+    backend: str = "chunk"
+
+
+def packed(name: str, ranks: int, *lengths: int, **more) -> Case:
+    return Case(name, (sum(lengths) // ranks,) * ranks, B=1, lengths=lengths, **more)
+
+
+CASES = {
+    2: [
+        Case("even", (40, 40)),
+        Case("of different lengths", (70, 3), strength=True, scale=0.4),
+        Case("initial and final states", (20, 33), state=True),
+        Case("gates that keep everything", (30, 30), gates=0.0, strength=True),
+        Case("gates that erase everything", (30, 30), gates=1e4),
+        Case("in float32", (40, 40), dtype=torch.float32),
+        Case("in bfloat16", (40, 40), dtype=torch.bfloat16, K=16, V=16, M=8),
+        Case("by the recurrence", (9, 8), backend="reference", state=True),
+        packed("packed, one across", 2, 10, 30, 24),
+        packed("packed, none across", 2, 10, 22, 0, 32, strength=True),
+    ],
+    3: [
+        Case("three", (20, 1, 30), state=True, strength=True),
+        Case("a rank without tokens", (20, 0, 30)),
+        packed("packed, one across all", 3, 5, 50, 5),
+        packed("packed, one begins with the second rank", 3, 20, 40),
+        packed("packed, one ends with the second rank", 3, 10, 30, 20, dtype=torch.float32),
+        packed("packed, many", 3, 3, 0, 4, 25, 1, 0, 9, 18),
+    ],
+}
+
+
+def inputs(case: Case) -> dict[str, torch.Tensor]:
+    """All tokens, and the gradients that come back."""
+    generator = torch.Generator().manual_seed(3)
+    T = sum(case.tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    x = {
+        "q": normal(case.B, T, case.HQ, case.K).to(case.dtype),
+        "k": normal(case.B, T, case.H, case.K).to(case.dtype),
+        "v": normal(case.B, T, case.H, case.V).to(case.dtype),
+        "g": -case.gates * normal(case.B, T, case.H, case.M).abs().to(wide),
+        "do": normal(case.B, T, case.HQ, case.V).to(case.dtype),
+    }
+    if case.strength:
+        x["s"] = normal(case.B, T, case.H, case.M).sigmoid().to(wide)
+    if case.state:
+        for name in ("hk", "dhk"):
+            x[name] = normal(case.B, case.H, case.K, case.M).to(wide)
+        for name in ("hv", "dhv"):
+            x[name] = normal(case.B, case.H, case.M, case.V).to(wide)
+    return x
+
+
+def boundaries(case: Case) -> torch.Tensor | None:
+    return None if case.lengths is None else torch.tensor([0, *case.lengths]).cumsum(0)
+
+
+def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, operator, **options):
+    """o, the final states and all gradients, of the tokens in x; `first` and `last`: whether the whole's are."""
+    leaves = {n: y.clone().requires_grad_() for n, y in x.items() if n in ("q", "k", "v", "g", "s", "hk", "hv")}
+    state = (leaves["hk"], leaves["hv"]) if case.state and first else None
+    o, final = operator(
+        leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves.get("s"),
+        scale=case.scale, initial_state=state, output_final_state=case.state, cu_seqlens=boundaries(case),
+        backend=case.backend, **options,
+    )  # fmt: skip
+    found, ends, gradients = {"o": o}, [o], [x["do"]]
+    if case.state:
+        # Of the states between two ranks nothing is asked back; they are in the graph all the same.
+        weight = 1.0 if last else 0.0
+        found |= {"final hk": final[0], "final hv": final[1]}
+        ends += final
+        gradients += [weight * x["dhk"], weight * x["dhv"]]
+    wanted = {n: y for n, y in leaves.items() if first or n not in ("hk", "hv")}
+    back = torch.autograd.grad(ends, list(wanted.values()), gradients)
+    return {n: y.detach() for n, y in found.items()} | {f"d{n}": y for n, y in zip(wanted, back, strict=True)}
+
+
+def whole(case: Case) -> dict[str, torch.Tensor]:
+    """What one process finds."""
+    return results(case, inputs(case), True, True, gated_slot_attention)
+
+
+def mine(case: Case, rank: int) -> dict[str, torch.Tensor]:
+    """What this process finds of its tokens."""
+    begin = sum(case.tokens[:rank])
+    x = {
+        name: y if name in ("hk", "hv", "dhk", "dhv") else y[:, begin : begin + case.tokens[rank]]
+        for name, y in inputs(case).items()
+    }
+    last = rank == len(case.tokens) - 1
+    return results(case, x, rank == 0, last, context_parallel_gated_slot_attention)
+
+
+def main(folder: Path, rank: int, ranks: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    found = {case.name: mine(case, rank) for case in CASES[ranks]}
+    again = {case.name: mine(case, rank) for case in CASES[ranks][:3]}
+    assert all(torch.equal(y, found[name][n]) for name, case in again.items() for n, y in case.items())
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

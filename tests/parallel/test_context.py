@@ -1,0 +1,107 @@
+"""Sequences over several processes give what one process gives: values, states and every gradient."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flash_gsa.errors import UsageError
+from flash_gsa.parallel import context_parallel_gated_slot_attention
+from tests.parallel.ranks import CASES, boundaries, inputs, whole
+
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{number of ranks: what each of them found}, all in processes at once."""
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in CASES}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.parallel.ranks", str(folder), str(rank), str(ranks)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for ranks, folder in folders.items()
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert not any(process.returncode for process in running), "\n".join(said)
+    return {ranks: [torch.load(folder / f"{rank}.pt") for rank in range(ranks)] for ranks, folder in folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [(ranks, case) for ranks, cases in CASES.items() for case in cases],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_as_one_process(found, ranks, case):
+    wanted, parts = whole(case), [one[case.name] for one in found[ranks]]
+    for name, want in wanted.items():
+        if name.startswith("final"):
+            got = parts[-1][name]
+        elif name in ("dhk", "dhv"):
+            got = parts[0][name]
+        else:
+            got = torch.cat([part[name] for part in parts], dim=1)
+        assert got.shape == want.shape, name
+        assert got.dtype == want.dtype, name
+        error = (got.double() - want.double()).norm()
+        assert error <= NEAR[case.dtype] * max(want.double().norm(), 1.0), f"{name}: off by {error:.1e}"
+
+
+def test_the_cases_are_not_trivial():
+    for cases in CASES.values():
+        for case in cases:
+            gradients = [y for name, y in whole(case).items() if name.startswith("d")]
+            assert all(y.isfinite().all() for y in gradients)
+            assert any(y.abs().max() > 1e-3 for y in gradients)
+            if case.lengths is not None:
+                assert int(boundaries(case)[-1]) == sum(case.tokens)
+
+
+class Ranks:
+    """torch.distributed as one of several processes sees it."""
+
+    def __init__(self, rank, ranks):
+        self.rank, self.ranks = rank, ranks
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return self.ranks > 0
+
+    def get_rank(self, group):
+        return self.rank
+
+    def get_world_size(self, group):
+        return self.ranks
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "change", "told"),
+    [
+        (0, 0, {}, "no process group is initialised; start the program with torchrun"),
+        (-1, 2, {}, "not part of the group"),
+        (1, 2, {"initial_state": "given"}, "initial_state was given on rank 1"),
+        (0, 2, {"initial_state": "wrong"}, "initial_state"),
+        (0, 2, {"cu_seqlens": torch.tensor([0, 80]), "output_final_state": True}, "no initial or final states"),
+        (0, 2, {"cu_seqlens": torch.tensor([0, 40])}, "must end with T = 160, got 40"),
+        (0, 2, {"cu_seqlens": torch.tensor([0, 160]), "rows": 2}, "batch dimension must be 1"),
+        (0, 2, {"g": torch.zeros(1)}, "g"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sent(monkeypatch, rank, ranks, change, told):
+    from flash_gsa.parallel import context
+
+    monkeypatch.setattr(context, "dist", Ranks(rank, ranks))
+    rows = change.pop("rows", 1)
+    x = {name: y[:rows] for name, y in inputs(CASES[2][0]).items() if name != "do"}
+    state = {"given": (torch.zeros(1, 2, 5, 3, dtype=torch.float64), torch.zeros(1, 2, 3, 6, dtype=torch.float64))}
+    state["wrong"] = state["given"][::-1]
+    change = {name: state.get(y, y) if isinstance(y, str) else y for name, y in change.items()}
+    with pytest.raises(UsageError, match=told):
+        context_parallel_gated_slot_attention(**(x | change))
