@@ -29,8 +29,9 @@ from ..ops.registry import State
 from ..ops.validation import check_cu_seqlens, check_sequence, state_dtype
 
 Group = dist.ProcessGroup | None
-AT_ONCE = 4096
-"""Tokens that are float32 at a time, so that no second copy of k and v exists."""
+AT_ONCE, PIECE = 16384, 512
+"""Tokens that are float32 at a time, so that no second copy of k and v exists; and tokens of one product: products of
+[M, PIECE] by [PIECE, K] are many and fill a GPU, where one of [M, T] by [T, K] leaves it idle."""
 
 
 def context_parallel_gated_slot_attention(
@@ -155,10 +156,8 @@ def _exchange(k, v, g, s, initial: State | None, pieces: Pieces | None, rank: in
     dtype = state_dtype(k)
     g = g.to(dtype)
     strength = -torch.expm1(g) if s is None else s.to(dtype)
-    # Sums from the end: where they are small, and count, they have all their digits.
-    since = g.flip(1).cumsum(1).flip(1)
     decay = g.sum(1)
-    weight = strength * torch.cat([since, torch.zeros_like(decay[:, None])], dim=1)[:, 1:].exp()
+    weight = strength * _sums_behind(g).exp()
     if pieces is not None:
         lasts = torch.arange(g.shape[1], device=g.device) >= pieces.last
         weight = torch.where(lasts[:, None, None], weight, 0.0)
@@ -178,6 +177,19 @@ def _exchange(k, v, g, s, initial: State | None, pieces: Pieces | None, rank: in
     return hk.transpose(2, 3).contiguous(), hv.contiguous()
 
 
+def _sums_behind(g: Tensor) -> Tensor:
+    """Σ_{i>t} g_i of g [B, T, H, M]. From the end: where they are small, and count, they have all their digits.
+
+    In pieces, because a GPU goes through the tokens of a sum one by one.
+    """
+    pieces = _in_pieces(g)  # [B, pieces, H, PIECE, M]
+    until_end = pieces.flip(3).cumsum(3).flip(3)
+    totals = until_end[:, :, :, :1]
+    behind_piece = torch.cat([totals[:, 1:], torch.zeros_like(totals[:, :1])], dim=1).flip(1).cumsum(1).flip(1)
+    behind = torch.cat([until_end[:, :, :, 1:], torch.zeros_like(totals)], dim=3) + behind_piece
+    return behind.transpose(2, 3).flatten(1, 2)[:, : g.shape[1]]
+
+
 class _WeightedSum(Function):
     """Σ_t w_t ⊗ x_t [B, H, M, D] of w [B, T, H, M] and x [B, T, H, D], in w's dtype."""
 
@@ -185,8 +197,9 @@ class _WeightedSum(Function):
     def forward(ctx, w: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(w, x)
         total = w.new_zeros(w.shape[0], *w.shape[2:], x.shape[3])
-        for a in range(0, w.shape[1], AT_ONCE):
-            total += torch.einsum("bthm,bthd->bhmd", w[:, a : a + AT_ONCE], x[:, a : a + AT_ONCE].to(w.dtype))
+        for here in _stretches(w.shape[1]):
+            wp, xp = _in_pieces(w[:, here]), _in_pieces(x[:, here].to(w.dtype))
+            total += (wp.transpose(-1, -2) @ xp).sum(1)
         return total
 
     @staticmethod
@@ -194,11 +207,21 @@ class _WeightedSum(Function):
     def backward(ctx, grad: Tensor):
         w, x = ctx.saved_tensors
         dw, dx = torch.empty_like(w), torch.empty_like(x)
-        for a in range(0, w.shape[1], AT_ONCE):
-            here = slice(a, a + AT_ONCE)
-            dw[:, here] = torch.einsum("bthd,bhmd->bthm", x[:, here].to(w.dtype), grad)
-            dx[:, here] = torch.einsum("bthm,bhmd->bthd", w[:, here], grad).to(x.dtype)
+        for here in _stretches(w.shape[1]):
+            dw[:, here] = (x[:, here].to(w.dtype).transpose(1, 2) @ grad.transpose(-1, -2)).transpose(1, 2)
+            dx[:, here] = (w[:, here].transpose(1, 2) @ grad).transpose(1, 2).to(x.dtype)
         return dw, dx
+
+
+def _stretches(T: int) -> list[slice]:
+    return [slice(a, min(a + AT_ONCE, T)) for a in range(0, T, AT_ONCE)]
+
+
+def _in_pieces(x: Tensor) -> Tensor:
+    """x [B, T, H, D] as [B, pieces, H, PIECE, D], with zeros at its end."""
+    B, T, H, D = x.shape
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % PIECE))
+    return x.view(B, -1, PIECE, H, D).transpose(2, 3)
 
 
 class _Gather(Function):

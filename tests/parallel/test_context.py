@@ -105,3 +105,29 @@ def test_bad_input_is_refused_before_anything_is_sent(monkeypatch, rank, ranks, 
     change = {name: state.get(y, y) if isinstance(y, str) else y for name, y in change.items()}
     with pytest.raises(UsageError, match=told):
         context_parallel_gated_slot_attention(**(x | change))
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 8, 9, 30])
+def test_sums_and_products_in_pieces(monkeypatch, T):
+    from flash_gsa.parallel import context
+
+    monkeypatch.setattr(context, "PIECE", 4)
+    monkeypatch.setattr(context, "AT_ONCE", 8)
+    g = -torch.rand(2, T, 3, 5, dtype=torch.float64)
+    wanted = torch.stack([g[:, t + 1 :].sum(1) for t in range(T)], dim=1) if T else g
+    assert torch.allclose(context._sums_behind(g), wanted, rtol=1e-14, atol=1e-14)
+    w, x = (torch.randn(2, T, 3, width, dtype=torch.float64, requires_grad=True) for width in (5, 6))
+    grad = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    results = []
+    for function in (context._WeightedSum.apply, lambda w, x: torch.einsum("bthm,bthd->bhmd", w, x)):
+        total = function(w, x)
+        results.append([total, *torch.autograd.grad(total, [w, x], grad)])
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, rtol=1e-13, atol=1e-13)
+
+
+def test_gates_that_erase_everything_are_sums_too():
+    from flash_gsa.parallel.context import _sums_behind
+
+    g = torch.full((1, 4, 1, 1), float("-inf"))
+    assert _sums_behind(g).flatten().tolist() == [float("-inf")] * 3 + [0.0]
