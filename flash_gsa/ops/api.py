@@ -86,7 +86,7 @@ def gated_slot_attention(
     forward = chosen.forward if states == "keep" else chosen.recomputing_forward
     if torch.compiler.is_compiling() and not chosen.traceable:  # it keeps nothing anyway
         forward = partial(opaque_forward, chosen.name)
-    with _own_precision(q):
+    with own_precision(q):
         return forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -128,7 +128,7 @@ def gated_slot_attention_step(
     problem = Problem(B, 1, HQ, k.shape[1], K, v.shape[2], g.shape[2], q.dtype, q.device.type)
     step = select(backend, problem).step or reference_step
     options = {"in_place": True} if in_place else {}
-    with _own_precision(q):
+    with own_precision(q):
         return step(q, k, v, g, s, (state[0], state[1]), scale, **options)
 
 
@@ -189,7 +189,7 @@ def gated_linear_attention(
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         state = empty_linear_state(q, k, v, sequences) if initial_state is None else initial_state
         return q[..., :1].expand(B, T, HQ, V), state if output_final_state else None
-    with _own_precision(q):
+    with own_precision(q):
         return forward(q, k, v, g.expand_as(k), scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -222,11 +222,11 @@ def gated_linear_attention_step(
     H, V = v.shape[1:]
     problem = Problem(B, 1, HQ, H, K, V, K, q.dtype, q.device.type, linear=True)
     step = select(backend, problem).linear_step or reference_linear_step
-    with _own_precision(q):
+    with own_precision(q):
         return step(q, k, v, g.expand_as(k), state, scale)
 
 
-def _own_precision(x: Tensor) -> AbstractContextManager:
+def own_precision(x: Tensor) -> AbstractContextManager:
     """No autocast inside a backend: it would round the products of float32 states and gates to 16 bits."""
     device = x.device.type
     # is_autocast_available would break the graph under torch.compile of torch 2.11.

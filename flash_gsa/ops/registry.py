@@ -48,6 +48,9 @@ class Backend:
     problem where `linear_forward` is None.
     `priority`: "auto" takes the runnable backend with the highest.
     `traceable`: torch.compile can trace `forward` and `linear_forward` without a break of its graph.
+    `context_forward(q, k, v, g, s, scale, initial_state, output_final_state, recompute, exchange) -> (o, state | None)`
+    is `forward` of a stretch of sequences, of which other processes have the others: see `flash_gsa.parallel.context`;
+    None: it is put together from `forward`.
     `forward_recomputing`: `forward` that keeps no states for its backward; None: all of `forward` is run again there.
     """
 
@@ -61,6 +64,7 @@ class Backend:
 
     traceable: bool = False
     forward_recomputing: Callable[..., tuple[Tensor, State | None]] | None = None
+    context_forward: Callable[..., tuple[Tensor, State | None]] | None = None
 
     def recomputing_forward(self, *arguments) -> tuple[Tensor, State | None]:
         """`forward` under the policy "recompute" of `gated_slot_attention`."""

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
 from ..ops import gated_slot_attention
-from ..ops.registry import State
+from ..ops.api import own_precision
+from ..ops.registry import Problem, State, select
 from ..ops.validation import check_cu_seqlens, check_sequence, state_dtype
 
 Group = dist.ProcessGroup | None
@@ -69,8 +70,8 @@ def context_parallel_gated_slot_attention(
         o [B, T, HQ, V] of this process's tokens, and the states after them or None.
 
     Raises:
-        UsageError: as in `gated_slot_attention`; no process group is initialised; an initial state on another rank
-            than 0; boundaries that do not end at ranks · T, or packed sequences with initial or final states.
+        UsageError: as in `gated_slot_attention`; no process group is initialised; no tokens; an initial state on
+            another rank than 0; boundaries that do not end at ranks · T; packed sequences with initial or final states.
     """
     check_sequence(q, k, v, g, s, scale, None if cu_seqlens is not None else initial_state, None)
     rank, ranks = _place(group)
@@ -79,6 +80,10 @@ def context_parallel_gated_slot_attention(
         return operator(
             q, k, v, g, s, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
         )
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        raise UsageError(f"every process needs tokens, got q {list(q.shape)} on rank {rank}")
+    if states not in ("keep", "recompute"):
+        raise UsageError(f"states must be 'keep' or 'recompute', got {states!r}")
     if initial_state is not None and rank > 0:
         raise UsageError(
             f"initial_state was given on rank {rank}: it is the state before the first token of all, which rank 0 "
@@ -93,6 +98,15 @@ def context_parallel_gated_slot_attention(
             )
         pieces = _pieces(cu_seqlens, q.shape, rank, ranks)
 
+    B, T, HQ, K = q.shape
+    problem = Problem(B, T, HQ, k.shape[2], K, v.shape[3], g.shape[3], q.dtype, q.device.type)
+    chosen = select(backend, problem)
+    if chosen.context_forward is not None and pieces is None:
+        exchange = Exchange(group, rank, ranks)
+        with own_precision(q):
+            return chosen.context_forward(
+                q, k, v, g, s, scale, initial_state, output_final_state, states == "recompute", exchange
+            )
     before = _exchange(k, v, g, s, initial_state, pieces, rank, group)
     if pieces is not None:
         return _Tied.apply(_packed(operator, (q, k, v, g, s), before, pieces), *before), None
@@ -102,6 +116,48 @@ def context_parallel_gated_slot_attention(
     if after is not None:
         after = (_Tied.apply(after[0], *before), _Tied.apply(after[1], *before))
     return _Tied.apply(o, *before), after
+
+
+class Exchange:
+    """What the processes of a group tell each other of their stretches, for backends that run one themselves."""
+
+    def __init__(self, group: Group, rank: int, ranks: int):
+        self.group, self.rank, self.ranks = group, rank, ranks
+
+    def before(self, hk: Tensor, hv: Tensor, g: Tensor) -> State | None:
+        """The states before this process's tokens; None on rank 0, where what is given holds already.
+
+        Args:
+            hk, hv: [B, H, M, K], [B, H, M, V], the states after its own tokens alone, on rank 0 after those before
+                them, too; float32.
+            g: its log gates [B, T, H, M].
+        """
+        return self._summed(self._all(hk, hv, g)[: self.rank], hk.shape[3])
+
+    def behind(self, dhk: Tensor, dhv: Tensor, g: Tensor) -> State | None:
+        """The gradient of the states after this process's tokens, of all that later processes have of it; None on the
+        last rank.
+
+        Args:
+            dhk, dhv: [B, H, M, K], [B, H, M, V], the gradient of the states before its tokens, of its own results.
+            g: as before.
+        """
+        return self._summed(self._all(dhk, dhv, g)[self.rank + 1 :][::-1], dhk.shape[3])
+
+    def _all(self, hk: Tensor, hv: Tensor, g: Tensor) -> list[Tensor]:
+        mine = torch.cat([hk, hv, g.sum(1, dtype=hk.dtype)[..., None]], dim=-1)
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(parts, mine, group=self.group)
+        return parts
+
+    def _summed(self, parts: list[Tensor], K: int) -> State | None:
+        """Each with what the gates of those that follow in the list leave of it."""
+        if not parts:
+            return None
+        total = parts[0][..., :-1]
+        for part in parts[1:]:
+            total = part[..., -1:].exp() * total + part[..., :-1]
+        return total[..., :K].contiguous(), total[..., K:].contiguous()
 
 
 class Pieces:

@@ -3,6 +3,7 @@
 It takes its part in every case for so many ranks, and leaves what it found in FOLDER.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     scale: float = 1.0
     backend: str = "chunk"
+    states: str = "keep"
 
 
 def packed(name: str, ranks: int, *lengths: int, **more) -> Case:
@@ -55,11 +57,25 @@ CASES = {
     ],
     3: [
         Case("three", (20, 1, 30), state=True, strength=True),
-        Case("a rank without tokens", (20, 0, 30)),
         packed("packed, one across all", 3, 5, 50, 5),
         packed("packed, one begins with the second rank", 3, 20, 40),
         packed("packed, one ends with the second rank", 3, 10, 30, 20, dtype=torch.float32),
         packed("packed, many", 3, 3, 0, 4, 25, 1, 0, 9, 18),
+    ],
+}
+
+
+# In Triton's interpreter: TRITON_INTERPRET=1.
+SMALL = {"B": 1, "HQ": 2, "H": 1, "K": 8, "V": 5, "M": 3, "dtype": torch.float32, "backend": "triton"}
+INTERPRETED = {
+    2: [
+        Case("kernels", (40, 33), **SMALL),
+        Case("kernels that compute states again", (20, 9), **SMALL, strength=True, states="recompute", scale=0.4),
+        packed("kernels, packed", 2, 9, 20, 11, **{name: x for name, x in SMALL.items() if name != "B"}),
+    ],
+    3: [
+        Case("kernels, strong gates, all states", (17, 1, 10), **SMALL, state=True, gates=30.0),
+        Case("kernels, weak gates, all states", (9, 20, 8), **SMALL, state=True, strength=True, gates=0.01),
     ],
 }
 
@@ -94,14 +110,14 @@ def boundaries(case: Case) -> torch.Tensor | None:
     return None if case.lengths is None else torch.tensor([0, *case.lengths]).cumsum(0)
 
 
-def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, operator, **options):
+def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, operator):
     """o, the final states and all gradients, of the tokens in x; `first` and `last`: whether the whole's are."""
     leaves = {n: y.clone().requires_grad_() for n, y in x.items() if n in ("q", "k", "v", "g", "s", "hk", "hv")}
     state = (leaves["hk"], leaves["hv"]) if case.state and first else None
     o, final = operator(
         leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves.get("s"),
         scale=case.scale, initial_state=state, output_final_state=case.state, cu_seqlens=boundaries(case),
-        backend=case.backend, **options,
+        backend=case.backend, states=case.states,
     )  # fmt: skip
     found, ends, gradients = {"o": o}, [o], [x["do"]]
     if case.state:
@@ -132,11 +148,12 @@ def mine(case: Case, rank: int) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path, rank: int, ranks: int) -> None:
+    cases = (INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else CASES)[ranks]
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    found = {case.name: mine(case, rank) for case in CASES[ranks]}
-    again = {case.name: mine(case, rank) for case in CASES[ranks][:3]}
+    found = {case.name: mine(case, rank) for case in cases}
+    again = {case.name: mine(case, rank) for case in cases[:2]}
     assert all(torch.equal(y, found[name][n]) for name, case in again.items() for n, y in case.items())
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -1,28 +1,30 @@
 """Sequences over several processes give what one process gives: values, states and every gradient."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flash_gsa.errors import UsageError
 from flash_gsa.parallel import context_parallel_gated_slot_attention
-from tests.parallel.ranks import CASES, boundaries, inputs, whole
+from tests.parallel.ranks import CASES, INTERPRETED, boundaries, inputs, whole
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def run(cases, tmp_path_factory, **environment):
     """{number of ranks: what each of them found}, all in processes at once."""
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in CASES}
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in cases}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel.ranks", str(folder), str(rank), str(ranks)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=os.environ | environment,
         )
         for ranks, folder in folders.items()
         for rank in range(ranks)
@@ -32,13 +34,34 @@ def found(tmp_path_factory):
     return {ranks: [torch.load(folder / f"{rank}.pt") for rank in range(ranks)] for ranks, folder in folders.items()}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "case"),
-    [(ranks, case) for ranks, cases in CASES.items() for case in cases],
-    ids=lambda x: getattr(x, "name", x),
-)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run(CASES, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def found_by_kernels(tmp_path_factory):
+    pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
+    return run(INTERPRETED, tmp_path_factory, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def each(cases):
+    pairs = [(ranks, case) for ranks, several in cases.items() for case in several]
+    return pytest.mark.parametrize(("ranks", "case"), pairs, ids=lambda x: getattr(x, "name", x))
+
+
+@each(CASES)
 def test_as_one_process(found, ranks, case):
-    wanted, parts = whole(case), [one[case.name] for one in found[ranks]]
+    check(case, found[ranks])
+
+
+@each(INTERPRETED)
+def test_kernels_as_one_process(found_by_kernels, ranks, case):
+    check(case, found_by_kernels[ranks])
+
+
+def check(case, found):
+    wanted, parts = whole(replace(case, backend="chunk")), [one[case.name] for one in found]
     for name, want in wanted.items():
         if name.startswith("final"):
             got = parts[-1][name]
@@ -92,17 +115,22 @@ class Ranks:
         (0, 2, {"cu_seqlens": torch.tensor([0, 40])}, "must end with T = 160, got 40"),
         (0, 2, {"cu_seqlens": torch.tensor([0, 160]), "rows": 2}, "batch dimension must be 1"),
         (0, 2, {"g": torch.zeros(1)}, "g"),
+        (1, 2, {"tokens": 0}, "every process needs tokens, got q .* on rank 1"),
+        (1, 2, {"states": "forget"}, "states must be 'keep' or 'recompute'"),
+        (1, 2, {"backend": "chnk"}, "Did you mean 'chunk'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(monkeypatch, rank, ranks, change, told):
     from flash_gsa.parallel import context
 
     monkeypatch.setattr(context, "dist", Ranks(rank, ranks))
-    rows = change.pop("rows", 1)
-    x = {name: y[:rows] for name, y in inputs(CASES[2][0]).items() if name != "do"}
+    change = dict(change)
+    rows, tokens = change.pop("rows", 1), change.pop("tokens", None)
+    x = {name: y[:rows, :tokens] for name, y in inputs(CASES[2][0]).items() if name != "do"}
     state = {"given": (torch.zeros(1, 2, 5, 3, dtype=torch.float64), torch.zeros(1, 2, 3, 6, dtype=torch.float64))}
     state["wrong"] = state["given"][::-1]
-    change = {name: state.get(y, y) if isinstance(y, str) else y for name, y in change.items()}
+    if "initial_state" in change:
+        change["initial_state"] = state[change["initial_state"]]
     with pytest.raises(UsageError, match=told):
         context_parallel_gated_slot_attention(**(x | change))
 

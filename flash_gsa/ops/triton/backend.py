@@ -9,7 +9,7 @@ from ..registry import Backend, Problem
 try:
     import triton
 
-    from .library import attention, linear_attention
+    from .library import attention, context_attention, linear_attention
     from .step import triton_step
 except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
     if error.name != "triton":
@@ -47,6 +47,14 @@ def triton_forward(q, k, v, g, s, scale, initial_state, output_final_state, cu_s
     return o, (hkT.transpose(2, 3), hvT) if output_final_state else None
 
 
+def triton_context_forward(q, k, v, g, s, scale, initial_state, output_final_state, recompute, exchange):
+    """`triton_forward` of a stretch of sequences: see `Backend.context_forward`."""
+    hk0, hv0 = (None, None) if initial_state is None else initial_state
+    hk0 = None if hk0 is None else hk0.transpose(2, 3)
+    o, hkT, hvT = context_attention(q, k, v, g, s, hk0, hv0, float(scale), output_final_state, recompute, exchange)
+    return o, (hkT.transpose(2, 3), hvT) if output_final_state else None
+
+
 def triton_linear_forward(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
     """`gated_linear_attention` by the kernels of the second pass; arguments as there, already validated."""
     return linear_attention(q, k, v, g, initial_state, cu_seqlens, float(scale), output_final_state)
@@ -61,4 +69,5 @@ BACKEND = Backend(
     linear_forward=triton_linear_forward,
     traceable=True,
     forward_recomputing=partial(triton_forward, recompute=True),
+    context_forward=triton_context_forward,
 )

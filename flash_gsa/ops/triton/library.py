@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .passes import (
     backward_pass,
+    context_forward_pass,
     forward_pass,
     forward_tensors,
     linear_backward_pass,
@@ -31,6 +32,14 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
         return _Attention.apply(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, recompute)
     o, hkT, hvT, *_ = attention_op(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep, recompute)
     return (o, hkT, hvT) if want_final else (o, None, None)
+
+
+def context_attention(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, recompute: bool, exchange):
+    """`attention` of a stretch of sequences, of which other processes have the others; both ways collective."""
+    q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0)):
+        return _ContextAttention.apply(q, k, v, g, s, hk0, hv0, scale, want_final, recompute, exchange)
+    return context_forward_pass(q, k, v, g, s, hk0, hv0, scale, want_final, False, exchange)[0]
 
 
 def linear_attention(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
@@ -59,6 +68,26 @@ class _Attention(torch.autograd.Function):
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
         given = (q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, ctx.scale)
         return *backward_pass(*given, last_use=not _graph_is_kept()), *[None] * 4
+
+
+class _ContextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, s, hk0, hv0, scale, want_final, recompute, exchange):
+        results, shared, before = context_forward_pass(q, k, v, g, s, hk0, hv0, scale, want_final, True, exchange)
+        if recompute:
+            shared = (*shared[:-2], None, None)
+        ctx.save_for_backward(q, k, v, g, s, *before, *shared)
+        ctx.scale, ctx.exchange, ctx.has_initial = scale, exchange, hk0 is not None
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dhkT, dhvT):
+        q, k, v, g, s, hk0, hv0, *shared = ctx.saved_tensors
+        do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
+        given = (q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, None, ctx.scale)
+        *gradients, dhk0, dhv0 = backward_pass(*given, exchange=ctx.exchange)
+        return *gradients, *((dhk0, dhv0) if ctx.has_initial else (None, None)), *[None] * 4
 
 
 class _LinearAttention(torch.autograd.Function):

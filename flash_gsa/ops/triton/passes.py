@@ -3,6 +3,8 @@
 All tensors are contiguous; states lie as [·, H, M, K | V]. An absent tensor is None.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,16 +27,40 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, want_final, keep)
-    *gates, p, lse, hk, hv = shared
-    until, _, kept, _, _ = gates
+    until, _, kept, *_ = shared
+    hk, hv = shared[-2:]
     with torch.cuda.device_of(q):
-        plan.prepare(g, strength, gates)
+        plan.prepare(g, strength, shared[:5])
         _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
-        plan.launch(
-            forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            (q, k, v, g, strength, *gates, hk, hv, results[0], p, lse), (scale,), exact=True, KEEP=keep,
-        )  # fmt: skip
+        _outputs(plan, q, k, v, g, strength, shared, results[0], scale)
     return results, shared
+
+
+def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool, exchange):
+    """`forward_pass` of a stretch of sequences: results, what the backward needs, and the states before the stretch.
+
+    exchange: from `flash_gsa.parallel.context`.
+    """
+    plan = plan_for(q, k, v, g, s is not None, None)
+    strength = g if s is None else s
+    (o, *final), shared = forward_tensors(plan, q, g, True, keep)
+    (until, _, kept, *_), (hk, hv) = shared[:5], shared[-2:]
+    with torch.cuda.device_of(q):
+        plan.prepare(g, strength, shared[:5])
+        _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, final)
+        if (before := exchange.before(*final, g)) is not None:
+            hk0, hv0 = before
+            _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, final if want_final else (None, None))
+        _outputs(plan, q, k, v, g, strength, shared, o, scale)
+    return (o, *(final if want_final else (None, None))), shared, (hk0, hv0)
+
+
+def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, o: Tensor, scale: float) -> None:
+    *gates, p, lse, hk, hv = shared
+    plan.launch(
+        forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
+        (q, k, v, g, strength, *gates, hk, hv, o, p, lse), (scale,), exact=True, KEEP=p is not None,
+    )  # fmt: skip
 
 
 def _states(plan: Plan, q, k, v, kept, until, hk0, hv0, hk, hv, final) -> None:
@@ -44,10 +70,13 @@ def _states(plan: Plan, q, k, v, kept, until, hk0, hv0, hk, hv, final) -> None:
     )  # fmt: skip
 
 
-def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float, last_use: bool = False):
+def backward_pass(
+    q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float, last_use: bool = False, exchange=None
+):
     """Gradients of q, k, v, g, s and the initial states.
 
-    The states in `shared` may be None: computed again. last_use: `shared` may be written over.
+    The states in `shared` may be None: computed again. last_use: `shared` may be written over. exchange: as in
+    `context_forward_pass`.
     """
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
@@ -56,7 +85,7 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read_p = torch.empty_like(p)
     dg, ds = torch.empty_like(g, dtype=torch.float32), None if s is None else torch.empty_like(s)
-    initial = plan.boundary_states(q) if hk0 is not None else (None, None)
+    initial = plan.boundary_states(q) if hk0 is not None or exchange is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -66,20 +95,27 @@ def backward_pass(q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, s
             _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
         # Peak memory: dv is written last of all, and where Ṽ's states were, their gradients may come to lie.
         dhk, dl, read_dl = _within(dv, hk, p, p)
-        dhv = hv if last_use else torch.empty_like(hv)
+        dhv = hv if last_use and exchange is None else torch.empty_like(hv)
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
             (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
         )  # fmt: skip
-        plan.walk(
-            backward.states_backward, plan.tiles.states_backward, q,
-            (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-            (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=hk0 is not None,
-        )  # fmt: skip
+        walk = partial(_states_backward, plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, scale)
+        walk(dhkT, dhvT)
+        if exchange is not None and (behind := exchange.behind(*initial, g)) is not None:
+            walk(*(more if own is None else own + more for own, more in zip((dhkT, dhvT), behind, strict=True)))
         of_keys = (q, k, hk, dhk, read_dl, dl), (dq, dk), scale
         of_values = (do, v, hv, dhv, read_p, p), (None, dv), 1.0
         _inputs_backward(plan, (of_keys, of_values), g, strength, gates, passed, dg, ds)
     return dq, dk, dv, dg.to(g.dtype), ds, *initial
+
+
+def _states_backward(plan: Plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, scale, dhkT, dhvT):
+    plan.walk(
+        backward.states_backward, plan.tiles.states_backward, q,
+        (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
+        (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=initial[0] is not None,
+    )  # fmt: skip
 
 
 def _within(memory: Tensor, *likes: Tensor) -> list[Tensor]:
