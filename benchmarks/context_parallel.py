@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.context_parallel --output benchmarks/results/context_parallel.json
 
-The layer of the 1.3B model (4 heads of 512, 64 slots), bfloat16, forward and backward, gates of a model at its start and
-slow ones. Errors are ‖x - y‖ / ‖y‖ of o and of the gradients of q, k, v, g, the worst of all ranks, once of context
-parallelism and once of one GPU with all tokens.
+The layer of the 1.3B model (4 heads of 512, 64 slots), bfloat16, forward and backward, gates of a model at its start
+and slow ones. Errors are ‖x - y‖ / ‖y‖ of o and of the gradients of q, k, v, g, the worst of all ranks, once of
+context parallelism and once of one GPU with all tokens.
 """
 
 import argparse
