@@ -68,6 +68,12 @@ class SoftmaxAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, window={self.window_size}"
 
+    def mixing_flops(self, length: int) -> float:
+        """FLOPs a token of scores and sums, on average over `length` tokens: see `flash_gsa.models.flops`."""
+        window = length if self.window_size is None else min(self.window_size, length)
+        in_sight = (window * (window + 1) / 2 + (length - window) * window) / length
+        return 4 * self.num_heads * self.head_dim * in_sight
+
     def forward(
         self,
         x: Tensor,

@@ -147,6 +147,10 @@ class GatedSlotAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, slots={self.num_slots}, gating={self.gating}"
 
+    def mixing_flops(self, length: int) -> float:
+        """FLOPs a token of the operator: see `flash_gsa.models.flops`."""
+        return 2 * self.num_slots * (self.head_k_dim + self.head_v_dim) * (self.num_kv_heads + self.num_heads)
+
     def forward(
         self,
         x: Tensor,

@@ -87,6 +87,10 @@ class LinearAttentionMixer(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, state={self.head_k_dim}×{self.head_v_dim}"
 
+    def mixing_flops(self, length: int) -> float:
+        """FLOPs a token of the operator: see `flash_gsa.models.flops`."""
+        return 2 * self.head_k_dim * self.head_v_dim * (self.num_kv_heads + self.num_heads)
+
     def forward(
         self,
         x: Tensor,

@@ -8,6 +8,21 @@ from torch import Tensor, nn
 
 from flash_gsa.errors import UsageError
 
+# Dense bfloat16 FLOP/s of the tensor cores, by what NVIDIA's names contain; the first that fits holds. From its data
+# sheets.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("RTX 4090", 165e12),
+)
+
 
 class Engine:
     """One process on one device. Weights, gradients and optimiser moments are fp32 in every precision."""
@@ -54,6 +69,13 @@ class Engine:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _peak_resident_bytes()
+
+    def peak_flops(self) -> float | None:
+        """What the device can do at best in this precision, FLOP/s; None where that is not known."""
+        if self.device.type != "cuda" or self.precision != "bf16":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
     def describe(self) -> str:
         """For people: `cpu (2 threads), fp32`."""

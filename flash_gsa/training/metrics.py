@@ -5,7 +5,9 @@ One JSON object a line. Every line has `kind` ("train" or "eval"), `step` (from 
 resumes). Then
 
     train   loss (nats a scored token, of this step), bits_per_byte (where bytes are known), lr,
-            grad_norm (before clipping), tokens_per_second (of this step), memory_bytes (peak)
+            grad_norm (before clipping), tokens_per_second and flops_per_second (of this step; see
+            `flash_gsa.models.flops`), mfu (of that, the share of the device's peak; known GPUs in bf16 only),
+            memory_bytes (peak)
     eval    text: loss, bits_per_byte, by_source {source: bits per byte}; MQAR: accuracy (0 to 1)
 """
 

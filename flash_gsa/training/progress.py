@@ -84,7 +84,8 @@ class ProgressDisplay:
         record = event.record
         of = f"/{event.total_steps}" if event.total_steps else ""
         left = f"  {_clock(event.seconds_left)} left"
-        figures = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{left}"
+        share = f"  {record['mfu']:.0%} of peak" if "mfu" in record else ""
+        figures = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{share}{left}"
         if self._bar is not None:
             self._bar.update(
                 self._task,

@@ -23,6 +23,7 @@ from safetensors.torch import load_model
 from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
+from flash_gsa.models.flops import training_flops
 from flash_gsa.models.loss import next_token_loss
 from flash_gsa.training import events
 from flash_gsa.training.checkpoint import (
@@ -132,6 +133,7 @@ class _Run:
             _enable_gradient_checkpointing(self.model)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.flops = training_flops(self.model, recipe.batch.length)
         self.step = 0
         self.seconds = 0.0
         self.checkpoint: Path | None = None
@@ -234,12 +236,12 @@ class _Run:
         record: dict[str, Any] = {"loss": loss}
         if self.inputs.bytes_per_token:
             record["bits_per_byte"] = loss / math.log(2) / self.inputs.bytes_per_token
-        return record | {
-            "lr": rate,
-            "grad_norm": gradient_norm,
-            "tokens_per_second": recipe.batch.tokens / (time.monotonic() - start),
-            "memory_bytes": engine.peak_memory(),
-        }
+        speed = recipe.batch.tokens / (time.monotonic() - start)
+        record |= {"lr": rate, "grad_norm": gradient_norm, "tokens_per_second": speed}
+        record["flops_per_second"] = speed * self.flops
+        if (peak := engine.peak_flops()) is not None:
+            record["mfu"] = speed * self.flops / peak
+        return record | {"memory_bytes": engine.peak_memory()}
 
     def _accumulate(self, batch: Batch, scored: int) -> torch.Tensor:
         """Adds the gradient of one batch to that of the step; returns its part of the step's loss."""

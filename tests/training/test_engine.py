@@ -50,6 +50,26 @@ def test_random_state_and_memory():
     assert 10**7 < engine.peak_memory() < 10**12
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("Another GPU", None),
+    ],
+)
+def test_peak_by_the_devices_name(monkeypatch, name, peak):
+    engine = Engine("cpu")
+    assert engine.peak_flops() is None
+    engine.device, engine.precision = torch.device("cuda"), "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert engine.peak_flops() == peak
+    engine.precision = "fp32"
+    assert engine.peak_flops() is None
+
+
 @pytest.mark.gpu
 def test_auto_is_bf16_on_a_gpu():
     engine = Engine()

@@ -98,7 +98,7 @@ def test_nothing_to_draw(tmp_path):
 def show(terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=100, color_system=None)
-    record = {"step": 7, "loss": 2.5, "tokens_per_second": 12345.6}
+    record = {"step": 7, "loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.412}
     with ProgressDisplay(console) as display:
         display(events.Preparing("preparing the data"))
         display(events.Started("runs/x", 4, 2_500_000, 4096, "cpu (2 threads), fp32"))
@@ -124,5 +124,5 @@ def test_plain_lines_where_there_is_no_terminal():
 
 def test_a_bar_in_a_terminal():
     text = show(terminal=True)
-    for part in ("step 7/100", "loss 2.500", "12,346 tokens/s", "1:23 left"):
+    for part in ("step 7/100", "loss 2.500", "12,346 tokens/s  41% of peak", "1:23 left"):
         assert part in text

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from flash_gsa.data import encode_documents, load_tokenizer
 from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
+from flash_gsa.models.flops import training_flops
 from flash_gsa.training import checkpoint as checkpoint_module
 from flash_gsa.training import events
 from flash_gsa.training.engine import Engine
@@ -69,6 +70,30 @@ def assert_same(result, uninterrupted):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def assert_speeds(result, recipe):
+    """FLOP/s are those of so many tokens; their share of a CPU's peak is not known."""
+    model = GSAForCausalLM.from_pretrained(result.checkpoint)
+    for record in read_metrics(result.run_dir / "metrics.jsonl"):
+        if record["kind"] == "train":
+            flops = training_flops(model, recipe.batch.length)
+            assert record["flops_per_second"] == pytest.approx(flops * record["tokens_per_second"])
+            assert "mfu" not in record
+
+
+class OnAGpu(Engine):
+    """An engine whose device does 10^9 FLOP/s at best."""
+
+    def peak_flops(self):
+        return 1e9
+
+
+def test_the_share_of_the_peak_is_told_where_it_is_known(make_recipe):
+    result = train(make_recipe("schedule.steps=3"), engine=OnAGpu("cpu"))
+    records = [r for r in read_metrics(result.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(records) == 3
+    assert all(r["mfu"] == pytest.approx(r["flops_per_second"] / 1e9) for r in records)
+
+
 def test_a_whole_run(make_recipe):
     recipe, told = make_recipe(), []
     result = train(recipe, on_event=told.append)
@@ -80,6 +105,7 @@ def test_a_whole_run(make_recipe):
     assert [r["tokens"] for r in steps] == [128 * n for n in range(1, 13)]
     rates = [learning_rate(n, peak=1e-2, floor=1e-3, warmup_steps=2, total_steps=12) for n in range(1, 13)]
     assert [r["lr"] for r in steps] == rates
+    assert_speeds(result, recipe)
     assert checkpoints(result.run_dir) == ["step-00000008", "step-00000012"]
     assert (result.step, result.signal, result.checkpoint.name) == (12, None, "step-00000012")
     assert result.metrics["loss"] == evaluations[-1]["loss"]
