@@ -4,6 +4,7 @@ from flash_gsa.inspection.page import save_page
 from flash_gsa.inspection.pictures import save_picture
 from flash_gsa.inspection.slots import SlotActivity, gsa_layers, slot_activities, slot_activity
 from flash_gsa.inspection.token_text import IncrementalText, token_texts
+from flash_gsa.inspection.usage import slot_usage
 
 __all__ = [
     "IncrementalText",
@@ -13,5 +14,6 @@ __all__ = [
     "save_picture",
     "slot_activities",
     "slot_activity",
+    "slot_usage",
     "token_texts",
 ]

@@ -101,7 +101,7 @@ def slot_activities(
     layers = gsa_layers(model) if layers is None else layers
     if not layers:
         raise UsageError("this model has no gated slot attention layer, so there are no slots to look at")
-    inputs = _layer_inputs(model, token_ids, layers)
+    inputs = layer_inputs(model, token_ids, layers)
     activities = []
     for layer in layers:
         attn = model.model.layers[layer].attn
@@ -117,7 +117,7 @@ def slot_activities(
     return activities
 
 
-def _layer_inputs(model: Any, token_ids: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
+def layer_inputs(model: Any, token_ids: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
     """What the token mixers of `layers` are given when the model reads the text: [1, T, d] each."""
     depth = len(model.model.layers)
     usable = gsa_layers(model)

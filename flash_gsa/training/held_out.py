@@ -20,6 +20,9 @@ class HeldOut(Protocol):
     def score(self, model: nn.Module, engine: Engine) -> dict[str, Any]:
         """Figures by name."""
 
+    def sample(self, tokens: int) -> list[int]:
+        """At most so many tokens of it, the same at every call."""
+
 
 class HeldOutText:
     """Loss and bits per byte of whole documents, in the given order.
@@ -42,6 +45,11 @@ class HeldOutText:
             "by_source": {name: score.bits_per_byte for name, score in sorted(result.by_source.items())},
         }
 
+    def sample(self, tokens: int) -> list[int]:
+        """The beginning of the longest document."""
+        longest = self.documents[self.store.lengths(self.documents).argmax()]
+        return self.store.document(int(longest))[:tokens].tolist()
+
 
 class HeldOutMQAR:
     """Accuracy over the queries of MQAR batches."""
@@ -52,6 +60,10 @@ class HeldOutMQAR:
     def score(self, model: nn.Module, engine: Engine) -> dict[str, Any]:
         """`{"accuracy": 0 … 1}`."""
         return {"accuracy": mqar_accuracy(model, self._batches, autocast=engine.autocast)}
+
+    def sample(self, tokens: int) -> list[int]:
+        """The beginning of the first row."""
+        return self._batches[0].input_ids[0, :tokens].tolist()
 
 
 def _that_fit(store: TokenStore, documents: np.ndarray, max_bytes: int) -> np.ndarray:

@@ -8,7 +8,8 @@ resumes). Then
             grad_norm (before clipping), tokens_per_second and flops_per_second (of this step; see
             `flash_gsa.models.flops`), mfu (of that, the share of the device's peak; known GPUs in bf16 only),
             memory_bytes (peak)
-    eval    text: loss, bits_per_byte, by_source {source: bits per byte}; MQAR: accuracy (0 to 1)
+    eval    text: loss, bits_per_byte, by_source {source: bits per byte}; MQAR: accuracy (0 to 1);
+            forgetting, slot_entropy, dead_slots {layer: …}, see `flash_gsa.inspection.slot_usage`
 """
 
 import json

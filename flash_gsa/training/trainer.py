@@ -22,6 +22,7 @@ from safetensors.torch import load_model
 
 from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.errors import UsageError
+from flash_gsa.inspection.usage import slot_usage
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.models.flops import training_flops
 from flash_gsa.models.loss import next_token_loss
@@ -50,6 +51,9 @@ from flash_gsa.training.plots import plot_loss
 from flash_gsa.training.recipe import Recipe
 from flash_gsa.training.run_folder import Existing, open_run_folder
 from flash_gsa.training.schedule import RunLength
+
+# Of held-out data, for `slot_usage`: token by token, so not many.
+_TOKENS_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,9 @@ class _Run:
     def _evaluate(self) -> None:
         try:
             record = self.inputs.held_out.score(self.model, self.engine)
-            bad = [name for name, value in record.items() if name != "by_source" and not math.isfinite(value)]
+            with self.engine.autocast():
+                record |= slot_usage(self.model, self.inputs.held_out.sample(_TOKENS_LOOKED_AT))
+            bad = [n for n, x in record.items() if not isinstance(x, dict) and not math.isfinite(x)]
         except UsageError as error:
             bad = [str(error)]
         if bad:

@@ -12,18 +12,22 @@ from safetensors.torch import load_file
 
 from flash_gsa.data import encode_documents, load_tokenizer
 from flash_gsa.errors import UsageError
+from flash_gsa.inspection import slot_usage
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.models.flops import training_flops
 from flash_gsa.training import checkpoint as checkpoint_module
 from flash_gsa.training import events
 from flash_gsa.training.engine import Engine
 from flash_gsa.training.errors import TrainingStopped
+from flash_gsa.training.inputs import prepare_inputs
 from flash_gsa.training.metrics import read_metrics
 from flash_gsa.training.optimizer import learning_rate
+from flash_gsa.training.recipe_file import load_recipe
 from flash_gsa.training.run_folder import open_run_folder
 from flash_gsa.training.trainer import train
 
 FIGURES = ("step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "by_source", "accuracy")
+FIGURES += ("forgetting", "slot_entropy", "dead_slots")
 
 
 def curve(run_dir, kind="train"):
@@ -80,6 +84,21 @@ def assert_speeds(result, recipe):
             assert "mfu" not in record
 
 
+def assert_usage(result, evaluations):
+    """Every evaluation says how slots are used; the last, of the model that was saved."""
+    for record in evaluations:
+        assert 0 < record["forgetting"]["0"] < 1
+        assert 0.5 < record["slot_entropy"]["0"] <= 1
+        assert record["dead_slots"]["0"] == 0
+    model = GSAForCausalLM.from_pretrained(result.checkpoint)
+    held_out = prepare_inputs(load_recipe(str(result.run_dir / "recipe.yaml"))).held_out
+    sample = held_out.sample(256)
+    assert 1 < len(sample) == min(256, max(held_out.store.lengths(held_out.documents)))
+    assert held_out.sample(3) == sample[:3]
+    for name, layers in slot_usage(model, sample).items():
+        assert layers["0"] == pytest.approx(evaluations[-1][name]["0"], abs=1e-5)
+
+
 class OnAGpu(Engine):
     """An engine whose device does 10^9 FLOP/s at best."""
 
@@ -106,6 +125,7 @@ def test_a_whole_run(make_recipe):
     rates = [learning_rate(n, peak=1e-2, floor=1e-3, warmup_steps=2, total_steps=12) for n in range(1, 13)]
     assert [r["lr"] for r in steps] == rates
     assert_speeds(result, recipe)
+    assert_usage(result, evaluations)
     assert checkpoints(result.run_dir) == ["step-00000008", "step-00000012"]
     assert (result.step, result.signal, result.checkpoint.name) == (12, None, "step-00000012")
     assert result.metrics["loss"] == evaluations[-1]["loss"]
