@@ -80,6 +80,35 @@ INTERPRETED = {
 }
 
 
+# Each rank on a GPU of its own.
+ON_GPUS = {
+    2: [
+        Case("kernels on GPUs", (300, 213), K=64, V=64, M=32, dtype=torch.bfloat16, backend="triton", gates=0.1),
+        Case(
+            "kernels on GPUs, all states",
+            (100, 70),
+            K=64,
+            V=128,
+            M=64,
+            dtype=torch.bfloat16,
+            backend="triton",
+            state=True,
+        ),
+        Case(
+            "kernels on GPUs, float32",
+            (130, 40),
+            K=16,
+            V=16,
+            M=16,
+            dtype=torch.float32,
+            backend="triton",
+            strength=True,
+        ),
+        packed("kernels on GPUs, packed", 2, 50, 150, 0, 40, K=64, V=64, M=32, dtype=torch.bfloat16, backend="triton"),
+    ]
+}
+
+
 def inputs(case: Case) -> dict[str, torch.Tensor]:
     """All tokens, and the gradients that come back."""
     generator = torch.Generator().manual_seed(3)
@@ -143,15 +172,26 @@ def mine(case: Case, rank: int) -> dict[str, torch.Tensor]:
         name: y if name in ("hk", "hv", "dhk", "dhv") else y[:, begin : begin + case.tokens[rank]]
         for name, y in inputs(case).items()
     }
+    x = {name: y.to(place(rank)) for name, y in x.items()}
     last = rank == len(case.tokens) - 1
-    return results(case, x, rank == 0, last, context_parallel_gated_slot_attention)
+    found = results(case, x, rank == 0, last, context_parallel_gated_slot_attention)
+    return {name: y.cpu() for name, y in found.items()}
+
+
+def place(rank: int) -> torch.device:
+    return torch.device("cuda", rank) if os.environ.get("RANKS_ON") == "gpus" else torch.device("cpu")
 
 
 def main(folder: Path, rank: int, ranks: int) -> None:
-    cases = (INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else CASES)[ranks]
+    on_gpus = place(rank).type == "cuda"
+    cases = (ON_GPUS if on_gpus else INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else CASES)[ranks]
     torch.set_num_threads(1)
+    if on_gpus:
+        torch.cuda.set_device(place(rank))
     store = dist.FileStore(str(folder / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
     found = {case.name: mine(case, rank) for case in cases}
     again = {case.name: mine(case, rank) for case in cases[:2]}
     assert all(torch.equal(y, found[name][n]) for name, case in again.items() for n, y in case.items())
