@@ -1,10 +1,12 @@
 """The loop: it learns, resumes exactly, stops cleanly, and refuses what would lose work."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +211,22 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
     result = train(recipe)
     assert_same(result, uninterrupted)
     assert checkpoints(tmp_path / "run") == ["step-00000008", "step-00000012"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_twenty_kills_at_random_change_no_bit(make_recipe, tmp_path):
+    more = ("schedule.steps=400", "checkpoints.every=16", "evaluation.every=200", "batch={rows: 1, length: 16}")
+    once = train(make_recipe(*more, f"output_dir={tmp_path}/once"))
+    command = [sys.executable, "-m", "tests.training.killed", str(tmp_path / "tiny.yaml"), "3", "20", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    present = json.loads(done.stdout.splitlines()[-1])
+    assert len(present) == 21
+    assert present[-2] > 0, "no kill came after a checkpoint"
+    killed = replace(once, run_dir=tmp_path / "run", checkpoint=tmp_path / "run" / "checkpoints" / once.checkpoint.name)
+    assert_same(killed, (curve(once.run_dir), curve(once.run_dir, "eval"), weights(once)))
+    assert checkpoints(killed.run_dir) == checkpoints(once.run_dir)
 
 
 def test_killed_before_the_first_checkpoint_starts_again(make_recipe, uninterrupted):

@@ -1,0 +1,43 @@
+"""Train by a recipe although kill -9 comes at random: `python -m tests.training.killed RECIPE SEED KILLS OVERRIDE…`.
+
+Each try is a process of its own (a fork, so that nothing is imported anew), killed after a random time, until so many
+were; the next is left alone. The last line printed is how many checkpoints there were at each kill.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from flash_gsa.training.recipe_file import load_recipe
+from flash_gsa.training.trainer import train
+
+
+def main(file: str, seed: int, kills: int, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    recipe = load_recipe(file, list(overrides))
+    folder, when = Path(recipe.output_dir) / "checkpoints", random.Random(seed)
+    present = []
+    for turn in range(kills + 1):
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            train(recipe)
+            os._exit(0)
+        if turn < kills:
+            time.sleep(when.uniform(0.02, 0.5))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, f"try {turn} failed after {time.monotonic() - began:.2f} s"
+            assert turn == kills, f"the run ended by itself before kill {turn + 1}; it needs more steps"
+        present.append(len(list(folder.glob("step-*"))) if folder.exists() else 0)
+    print(present)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
