@@ -56,7 +56,7 @@ def measure_drift(
         `seconds` of decoding.
 
     Raises:
-        UsageError: the device is not there, or there are no steps.
+        UsageError: the device is not there, there are no steps, or the file cannot be written.
     """
     if steps < 1:
         raise UsageError(f"steps: expected at least 1, got {steps}")

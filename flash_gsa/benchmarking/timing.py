@@ -49,7 +49,7 @@ class Stopwatch:
     def cost(self, call: Callable[[], object], flush: bool = True) -> Cost:
         """The cost of `call`, which has run before, so that nothing is left to compile.
 
-        The first call warms up. Where another takes longer than the budget, it is the one that counts.
+        The first call warms up. Where the second, too, takes longer than the budget, it is the one that counts.
         """
         self._synchronize()
         before = self._start_memory()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flash_gsa.cli.bench_tune import tune
+from flash_gsa.cli.bench_tune import CommitOption, tune
 from flash_gsa.cli.checkpoint import DeviceOption
 from flash_gsa.errors import UsageError
 
@@ -81,10 +81,7 @@ def op(
         bool, typer.Option("--cold-fla", help="Time FLA's start with empty caches too: about 8 minutes.")
     ] = False,
     device: DeviceOption = "auto",
-    commit: Annotated[
-        str | None,
-        typer.Option(help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
-    ] = None,
+    commit: CommitOption = None,
 ) -> None:
     """Measure time and memory of the operator, beside FLA and softmax attention where they are to be had.
 
@@ -166,10 +163,7 @@ def drift(
         Path | None, typer.Option(help="JSON file for everything measured, written anew as it grows.", metavar="FILE")
     ] = None,
     device: DeviceOption = "auto",
-    commit: Annotated[
-        str | None,
-        typer.Option(help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
-    ] = None,
+    commit: CommitOption = None,
 ) -> None:
     """Measure how far decoding drifts from the exact recurrence, with states in float32 and in bfloat16.
 
@@ -179,8 +173,7 @@ def drift(
     """
     from flash_gsa.benchmarking.drift import measure_drift
 
-    command = _command(context, "drift")
-    measure_drift(steps, output, device, command, commit, say=lambda line: print(line, flush=True))
+    measure_drift(steps, output, device, _command(context), commit, say=lambda line: print(line, flush=True))
     if output is not None:
         print(f"written: {output}")
 
@@ -196,9 +189,9 @@ def _names(given: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip()) if given else ()
 
 
-def _command(context: typer.Context, name: str = "op") -> str:
+def _command(context: typer.Context) -> str:
     """The command as typed, without where things go."""
-    words = ["flash-gsa", "bench", name]
+    words = ["flash-gsa", "bench", context.command.name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)

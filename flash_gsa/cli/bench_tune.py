@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+CommitOption = Annotated[
+    str | None,
+    typer.Option("--commit", help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
+]
+
 
 def tune(
     shape: Annotated[
@@ -36,10 +41,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="JSON file for all candidates, written anew after each row.", metavar="FILE")
     ] = None,
-    commit: Annotated[
-        str | None,
-        typer.Option(help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
-    ] = None,
+    commit: CommitOption = None,
 ) -> None:
     """Measure rows for the table of tiles of the Triton kernels anew, on the GPU of this machine.
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_gsa.errors import UsageError
+from flash_gsa.ops.api import own_precision
+
 from .slots import gsa_layers, layer_inputs
 
 DEAD = 0.01
@@ -33,7 +36,14 @@ def slot_usage(model: Any, token_ids: Sequence[int]) -> dict[str, dict[str, floa
     Returns:
         {"forgetting": {layer: …}, "slot_entropy": …, "dead_slots": …}, layers counted from 0 as "0", "1", …; empty if
         the model has no such layer.
+
+    Raises:
+        UsageError: no token.
+
+    Source: the tables of `slot_activities`, summed up.
     """
+    if len(token_ids) == 0:
+        raise UsageError("there is no token to look at; give a text of at least one token")
     layers = gsa_layers(model)
     if not layers:
         return {}
@@ -41,7 +51,8 @@ def slot_usage(model: Any, token_ids: Sequence[int]) -> dict[str, dict[str, floa
     for layer, x in layer_inputs(model, token_ids, layers).items():
         q, k, _, g, s = model.model.layers[layer].attn.project(x)
         forgetting = -torch.expm1(g[0].float())
-        read = _mean_read(q[0].float(), k[0].float(), g[0].float(), forgetting if s is None else s[0].float())
+        with own_precision(q):
+            read = _mean_read(q[0].float(), k[0].float(), g[0].float(), forgetting if s is None else s[0].float())
         H, M = g.shape[2:]
         entropy = -torch.special.xlogy(read, read).sum(-1) / torch.log(torch.tensor(float(max(M, 2))))
         most = read.view(H, -1, M).amax(1)

@@ -6,13 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
 from . import backends as _backends  # noqa: F401  (importing it registers them)
 from .opaque import opaque_forward, opaque_linear_forward
 from .reference import empty_state, reference_step
 from .reference_linear import empty_linear_state, reference_linear_step
 from .registry import Problem, State, select
-from .validation import check_linear_sequence, check_linear_step, check_sequence, check_step
+from .validation import check_linear_sequence, check_linear_step, check_policy, check_sequence, check_step
 
 
 def gated_slot_attention(
@@ -72,8 +71,7 @@ def gated_slot_attention(
     Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", NeurIPS 2024.
     """
     check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens)
-    if states not in ("keep", "recompute"):
-        raise UsageError(f"states must be 'keep' or 'recompute', got {states!r}")
+    check_policy(states)
     B, T, HQ, K = q.shape
     problem = Problem(
         B, T, HQ, k.shape[2], K, v.shape[3], g.shape[3], q.dtype, q.device.type, packed=cu_seqlens is not None

@@ -44,6 +44,12 @@ def check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens) -> None:
         _check_state("initial_state", initial_state, sequences, q, k, v, g)
 
 
+def check_policy(states) -> None:
+    """Check what `gated_slot_attention` shall keep of its states; raises UsageError."""
+    if states not in ("keep", "recompute"):
+        raise UsageError(f"states must be 'keep' or 'recompute', got {states!r}")
+
+
 def check_step(q, k, v, g, s, state, scale, in_place=False) -> None:
     """Check the arguments of `gated_slot_attention_step`; raises UsageError."""
     _check_tensors(q, k, v, g, s, names=("B",))

@@ -15,6 +15,7 @@ A process sends the two states of a head, whatever the length: (K + V + 1)·M·H
 backward. Its own tokens are gone through once more for L, of which e^{Σ_{i>t} g_i} leaves few where gates forget.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ from ..errors import UsageError
 from ..ops import gated_slot_attention
 from ..ops.api import own_precision
 from ..ops.registry import Problem, State, select
-from ..ops.validation import check_cu_seqlens, check_sequence, state_dtype
+from ..ops.validation import check_cu_seqlens, check_policy, check_sequence, state_dtype
 
 Group = dist.ProcessGroup | None
 AT_ONCE, PIECE = 16384, 512
@@ -52,7 +53,11 @@ def context_parallel_gated_slot_attention(
 ) -> tuple[Tensor, State | None]:
     """`gated_slot_attention` of sequences of which each process of `group` holds a stretch, in the order of its ranks.
 
-    Every process calls it with its own tokens and gets their o; values and gradients are those of one process with all
+    Every process calls it with its own tokens and gets their o, with Ṽ and K̃ of all tokens before them:
+
+        o_t = Ṽ_tᵀ softmax(scale · K̃_t q_t),    K̃_t = e^{Σ_{i≤t} g_i} ∘ K̃₀ + what its own tokens up to t have written,
+
+    K̃₀ being the state before its first token (see the module). Values and gradients are those of one process with all
     tokens. Collective: all processes of the group must call it, and run its backward, in the same order.
 
     Args:
@@ -72,7 +77,10 @@ def context_parallel_gated_slot_attention(
     Raises:
         UsageError: as in `gated_slot_attention`; no process group is initialised; no tokens; an initial state on
             another rank than 0; boundaries that do not end at ranks · T; packed sequences with initial or final states.
+
+    Source: the operator as in `gated_slot_attention`; the exchange follows from its recurrence, as derived above.
     """
+    check_policy(states)
     check_sequence(q, k, v, g, s, scale, None if cu_seqlens is not None else initial_state, None)
     rank, ranks = _place(group)
     operator = partial(gated_slot_attention, scale=scale, states=states, backend=backend)
@@ -82,8 +90,6 @@ def context_parallel_gated_slot_attention(
         )
     if q.shape[0] == 0 or q.shape[1] == 0:
         raise UsageError(f"every process needs tokens, got q {list(q.shape)} on rank {rank}")
-    if states not in ("keep", "recompute"):
-        raise UsageError(f"states must be 'keep' or 'recompute', got {states!r}")
     if initial_state is not None and rank > 0:
         raise UsageError(
             f"initial_state was given on rank {rank}: it is the state before the first token of all, which rank 0 "
@@ -107,7 +113,8 @@ def context_parallel_gated_slot_attention(
             return chosen.context_forward(
                 q, k, v, g, s, scale, initial_state, output_final_state, states == "recompute", exchange
             )
-    before = _exchange(k, v, g, s, initial_state, pieces, rank, group)
+    with own_precision(q):
+        before = _exchange(k, v, g, s, initial_state, pieces, rank, group)
     if pieces is not None:
         return _Tied.apply(_packed(operator, (q, k, v, g, s), before, pieces), *before), None
     o, after = operator(
@@ -132,7 +139,7 @@ class Exchange:
                 them, too; float32.
             g: its log gates [B, T, H, M].
         """
-        return self._summed(self._all(hk, hv, g)[: self.rank], hk.shape[3])
+        return self._states(self._all(hk, hv, g)[: self.rank], hk.shape[3])
 
     def behind(self, dhk: Tensor, dhv: Tensor, g: Tensor) -> State | None:
         """The gradient of the states after this process's tokens, of all that later processes have of it; None on the
@@ -142,7 +149,7 @@ class Exchange:
             dhk, dhv: [B, H, M, K], [B, H, M, V], the gradient of the states before its tokens, of its own results.
             g: as before.
         """
-        return self._summed(self._all(dhk, dhv, g)[self.rank + 1 :][::-1], dhk.shape[3])
+        return self._states(self._all(dhk, dhv, g)[self.rank + 1 :][::-1], dhk.shape[3])
 
     def _all(self, hk: Tensor, hv: Tensor, g: Tensor) -> list[Tensor]:
         mine = torch.cat([hk, hv, g.sum(1, dtype=hk.dtype)[..., None]], dim=-1)
@@ -150,14 +157,19 @@ class Exchange:
         dist.all_gather(parts, mine, group=self.group)
         return parts
 
-    def _summed(self, parts: list[Tensor], K: int) -> State | None:
-        """Each with what the gates of those that follow in the list leave of it."""
+    def _states(self, parts: list[Tensor], K: int) -> State | None:
         if not parts:
             return None
-        total = parts[0][..., :-1]
-        for part in parts[1:]:
-            total = part[..., -1:].exp() * total + part[..., :-1]
+        total = _summed(parts)
         return total[..., :K].contiguous(), total[..., K:].contiguous()
+
+
+def _summed(parts: Sequence[Tensor]) -> Tensor:
+    """Σ of parts [B, H, M, · + 1] without their last column, D, each times e^D of all that follow it."""
+    total = parts[0][..., :-1]
+    for part in parts[1:]:
+        total = part[..., -1:].exp() * total + part[..., :-1]
+    return total
 
 
 class Pieces:
@@ -224,11 +236,8 @@ def _exchange(k, v, g, s, initial: State | None, pieces: Pieces | None, rank: in
     if initial is not None:
         left = left + decay.exp()[..., None] * torch.cat([initial[0].transpose(2, 3), initial[1]], dim=-1)
     all_left = _Gather.apply(torch.cat([left, decay[..., None]], dim=-1), group)
-    state = torch.zeros_like(left)
-    for other in range(rank):
-        state = all_left[other, ..., -1:].exp() * state + all_left[other, ..., :-1]
-    if rank == 0:  # nothing comes before, but the backward's exchange does
-        state = _Tied.apply(state, all_left)
+    # Before rank 0 there is nothing, but its backward takes part in the exchange.
+    state = _summed(all_left[:rank]) if rank > 0 else _Tied.apply(torch.zeros_like(left), all_left)
     hk, hv = state.split([k.shape[3], v.shape[3]], dim=-1)
     return hk.transpose(2, 3).contiguous(), hv.contiguous()
 
@@ -293,7 +302,7 @@ class _Gather(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it is not ours to change
         dist.all_reduce(grad, group=ctx.group)
         return grad[dist.get_rank(ctx.group)], None
 

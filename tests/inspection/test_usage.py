@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flash_gsa import GSAConfig, GSAForCausalLM
+from flash_gsa.errors import UsageError
 from flash_gsa.inspection import slot_activities, slot_usage
 
 TOKENS = [5, 3, 9, 9, 1, 0, 7, 7, 2, 11, 4, 4]
@@ -63,3 +64,19 @@ def test_layers_of_other_kinds_are_left_out():
         "slot_entropy": ["1"],
         "dead_slots": ["1"],
     }
+
+
+def test_autocast_rounds_no_slot():
+    model = model_of(num_hidden_layers=1)
+    attn = model.model.layers[0].attn
+    with torch.no_grad():
+        given = attn.project(torch.randn(1, len(TOKENS), 16))
+    attn.project = lambda x, **_: given
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = slot_usage(model, TOKENS)
+    assert found == slot_usage(model, TOKENS)
+
+
+def test_no_token_is_refused():
+    with pytest.raises(UsageError, match="no token to look at"):
+        slot_usage(model_of(), [])

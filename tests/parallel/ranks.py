@@ -38,6 +38,7 @@ class Case:
     scale: float = 1.0
     backend: str = "chunk"
     states: str = "keep"
+    autocast: bool = False
 
 
 def packed(name: str, ranks: int, *lengths: int, **more) -> Case:
@@ -52,6 +53,7 @@ CASES = {
         Case("gates that keep everything", (30, 30), gates=0.0, strength=True),
         Case("gates that erase everything", (30, 30), gates=1e4),
         Case("in float32", (40, 40), dtype=torch.float32),
+        Case("in float32 under autocast", (40, 40), dtype=torch.float32, autocast=True),
         Case("in bfloat16", (40, 40), dtype=torch.bfloat16, K=16, V=16, M=8),
         Case("by the recurrence", (9, 8), backend="reference", state=True),
         packed("packed, one across", 2, 10, 30, 24),
@@ -145,11 +147,12 @@ def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, ope
     """o, the final states and all gradients, of the tokens in x; `first` and `last`: whether the whole's are."""
     leaves = {n: y.clone().requires_grad_() for n, y in x.items() if n in ("q", "k", "v", "g", "s", "hk", "hv")}
     state = (leaves["hk"], leaves["hv"]) if case.state and first else None
-    o, final = operator(
-        leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves.get("s"),
-        scale=case.scale, initial_state=state, output_final_state=case.state, cu_seqlens=boundaries(case),
-        backend=case.backend, states=case.states,
-    )  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
+        o, final = operator(
+            leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves.get("s"),
+            scale=case.scale, initial_state=state, output_final_state=case.state, cu_seqlens=boundaries(case),
+            backend=case.backend, states=case.states,
+        )  # fmt: skip
     found, ends, gradients = {"o": o}, [o], [x["do"]]
     if case.state:
         # Of the states between two ranks nothing is asked back; they are in the graph all the same.

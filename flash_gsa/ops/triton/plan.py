@@ -198,6 +198,7 @@ class Plan:
 
     def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile, **options) -> None:
         """Launch with `constants`, and of the plan's own those that the kernel has."""
+        # A kernel's constants have the same names in the same order wherever it is launched, options the same values.
         key = (kernel.fn, tile, *constants.values(), *options)
         variant = self._variants.get(key)
         if variant is None:
