@@ -14,10 +14,12 @@ from typing import Any
 
 from benchmarks.markdown import minutes, table, told
 from benchmarks.operator_table import operator, summary
+from benchmarks.recipe_heads import recipes_with_heads, with_head
+from benchmarks.training_table import training, training_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results/README.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/results/README.md", "docs/kernels.md", "docs/parallel.md", "docs/training.md")
 BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -183,6 +185,61 @@ def gpu_tests(result: dict[str, Any]) -> str:
     return "\n\n".join([outcome, told(result["about"])])
 
 
+def context_parallel(result: dict[str, Any]) -> str:
+    ranks = result["ranks"]
+    heads = ["tokens", f"{ranks} GPUs, ms", "one GPU, ms", "times faster", "one GPU with a stretch, ms"]
+    heads.append("bytes a GPU, for each of its tokens")
+    times = [
+        [
+            f"{r['T']:,}",
+            f"{r['context_parallel_ms']:.2f}",
+            f"{r['one_gpu_ms']:.2f}",
+            f"{r['one_gpu_ms'] / r['context_parallel_ms']:.2f}",
+            f"{r['one_stretch_ms']:.2f}",
+            f"{r['peak_bytes'] * ranks / r['T']:,.0f}",
+        ]
+        for r in result["times"]
+    ]
+    values = [
+        [
+            f"{'packed, ' if r['lengths'] else ''}gates {r['gates']}" if who == "context_parallel" else "",
+            f"{ranks} GPUs" if who == "context_parallel" else "one GPU",
+            *(f"{100 * error:.2f}" for error in r[who].values()),
+        ]
+        for r in result["values"]
+        for who in ("context_parallel", "one_gpu")
+    ]
+    tokens = " and ".join(dict.fromkeys(f"{r['T']:,}" for r in result["values"]))
+    names = list(result["values"][0]["one_gpu"])
+    return "\n\n".join(
+        [
+            "Forward and backward:",
+            table(heads, times),
+            f"Errors against float64, %, of {tokens} tokens:",
+            table(["", "", *names], values),
+            told(result["about"]),
+        ]
+    )
+
+
+def memory(result: dict[str, Any]) -> str:
+    rows = []
+    for r in result["rows"]:
+        estimated, measured = r["estimated_bytes"], r.get("measured_bytes")
+        rows.append(
+            [
+                " ".join([r["recipe"], *(f"`{override}`" for override in r["overrides"])]),
+                f"{r['tokens']:,}",
+                f"{estimated / 2**30:.1f}",
+                r["problem"] or f"{measured / 2**30:.1f}",
+                "" if measured is None else f"{100 * (estimated / measured - 1):+.0f} %",
+                f"{r['measured_outside_bytes'] / 2**30:.1f}",
+            ]
+        )
+    heads = ["recipe", "tokens at once", "GiB estimated", "GiB measured", "estimate off by", "GiB outside PyTorch"]
+    return "\n\n".join([table(heads, rows), told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
@@ -195,6 +252,11 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernel_trials": kernel_trials,
     "decode_gpu": decode_gpu,
     "drift": drift,
+    "train_gpu": training,
+    "train_gpu-summary": training_summary,
+    "context_parallel": context_parallel,
+    "memory": memory,
+    "memory_sharded": memory,
     "test_gpu": gpu_tests,
     "test_gpu_limits": gpu_tests,
 }
@@ -224,12 +286,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
     options = parser.parse_args(arguments)
     stale = []
-    for name in DOCUMENTS:
-        path = ROOT / name
+    texts = [(ROOT / name, rendered) for name in DOCUMENTS]
+    texts += [(path, lambda text, path=path: with_head(path)) for path in recipes_with_heads()]
+    for path, made in texts:
         old = path.read_text(encoding="utf-8")
-        new = rendered(old)
+        new = made(old)
         if new != old:
-            stale.append(name)
+            stale.append(str(path.relative_to(ROOT)))
             if not options.check:
                 path.write_text(new, encoding="utf-8")
     if options.check and stale:

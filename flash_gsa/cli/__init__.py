@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flash_gsa.cli import bench, demo, doctor, evaluate, generate, inspect, recipes, train
+from flash_gsa.cli import bench, demo, doctor, evaluate, export, generate, inspect, recipes, report, train
 from flash_gsa.errors import UsageError
 
 app = typer.Typer(
@@ -23,8 +23,10 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("recipes")(recipes.recipes)
+app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.bench, name="bench")

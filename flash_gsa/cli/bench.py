@@ -1,4 +1,4 @@
-"""`flash-gsa bench`: what the operator costs on this machine."""
+"""`flash-gsa bench`: what the operator and training cost on this machine."""
 
 import json
 import shlex
@@ -13,13 +13,15 @@ from flash_gsa.errors import UsageError
 
 bench = typer.Typer(
     no_args_is_help=True,
-    help="Measure what the operator costs on this machine, beside other implementations.",
+    help="Measure what the operator and training cost on this machine, beside other implementations.",
 )
 PlotsOption = Annotated[
     Path | None, typer.Option("--plots", help="Folder for pictures of the result (PNG).", metavar="FOLDER")
 ]
-UNRECORDED = ("output", "plots")
+UNRECORDED = ("output", "plots", "profile")
 """Options that decide where things go, not what is measured."""
+OF_OPERATOR, OF_TRAINING = {"about", "shapes", "lengths"}, {"about", "steps", "size"}
+"""What their result files have."""
 
 
 @bench.command("op")
@@ -130,9 +132,138 @@ def op(
         _draw(result, plots)
 
 
+@bench.command("train")
+def train(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for everything measured, written anew as it grows.", metavar="FILE")
+    ] = None,
+    plots: PlotsOption = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the kernels of our steps by time and by category.", metavar="FILE"),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the models: 340M, 1.3B, 2.7B, tiny.", metavar="NAME", show_default="1.3B; on a CPU tiny"
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step.", metavar="N", show_default="16384; on a CPU 64")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Lengths of sequences that these are cut into.",
+            metavar="N,…",
+            show_default="2048,4096,8192,16384; on a CPU 32,64",
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Whom to measure: ours, llama, fla.", metavar="NAME,…", show_default="all that run here"),
+    ] = None,
+    variants: Annotated[
+        str,
+        typer.Option(
+            help="Ways to run them: plain, compiled (ours, llama), graph (ours), linear-loss (fla).", metavar="NAME,…"
+        ),
+    ] = "plain,compiled",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="pure_bf16 (weights and moments too), bf16 (only products) or fp32.",
+            metavar="NAME",
+            show_default="pure_bf16; on a CPU fp32",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps that are timed.", metavar="N", show_default="10; on a CPU 3")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts of the benchmark: ceilings, steps, profile, cold_start.",
+            metavar="PART,…",
+            show_default="all, profile with --profile",
+        ),
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(help="Seconds after which one measurement is given up.", metavar="SECONDS")
+    ] = 900.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Give up what is not measured after so many minutes; FLA, which tunes itself, comes last.",
+            metavar="MINUTES",
+            show_default="no end",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model, to see that it works; the figures mean nothing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    commit: CommitOption = None,
+) -> None:
+    """Measure training steps of our model beside FLA's and a Llama of the same size, at the same tokens a step.
+
+    Values come before speed: what differs from 64-bit numbers at a small size is reported as wrong and not timed.
+    Then, against the length of sequences: seconds a step by parts, tokens a second, FLOP/s, peak memory and the time
+    of the first step; ours also in a new process with empty caches.
+
+    Examples:
+
+    [bold]flash-gsa bench train --quick[/bold]
+
+    [bold]flash-gsa bench train --output train.json --plots pictures[/bold]
+
+    [bold]flash-gsa bench train --peers ours --lengths 2048 --only profile --profile kernels.json[/bold]
+    """
+    from rich.console import Console
+
+    from flash_gsa.benchmarking.about import write
+    from flash_gsa.benchmarking.train import Options, benchmark
+    from flash_gsa.benchmarking.train_report import LEGEND, tables
+
+    options = Options(
+        device=device,
+        quick=quick,
+        size=size,
+        tokens=tokens,
+        lengths=_whole_numbers("lengths", lengths),
+        peers=_names(peers),
+        variants=_names(variants),
+        precision=precision,
+        steps=steps,
+        only=_names(only),
+        profile=profile is not None,
+        limit=limit,
+        minutes=minutes,
+        command=_command(context),
+        commit=commit,
+    )
+    result = benchmark(options, output, say=lambda line: print(line, flush=True))
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+        console.print()
+    console.print(LEGEND, style="dim")
+    if output is not None:
+        print(f"written: {output}")
+    if profile is not None:
+        write({key: result[key] for key in ("about", "size", "precision", "profile")}, profile)
+        print(f"written: {profile}")
+    if plots is not None:
+        _draw(result, plots)
+
+
 @bench.command("plots")
 def plots(
-    result: Annotated[Path, typer.Argument(metavar="FILE", help="What `bench op --output` wrote.", show_default=False)],
+    result: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="What `bench op` or `bench train` wrote.", show_default=False),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pictures go (PNG).", show_default=False)],
 ) -> None:
     """Draw the pictures of a result file again.
@@ -143,12 +274,12 @@ def plots(
         found = json.loads(result.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"{result} cannot be read: {error.strerror}; expected what `bench op --output` wrote"
+            f"{result} cannot be read: {error.strerror}; expected what `bench op --output` or `bench train` wrote"
         ) from None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"about", "shapes", "lengths"} <= found.keys():
-        raise UsageError(f"{result} is no result of `flash-gsa bench op --output FILE`")
+    if not isinstance(found, dict) or not any(found.keys() >= keys for keys in (OF_OPERATOR, OF_TRAINING)):
+        raise UsageError(f"{result} is no result of `flash-gsa bench op` or `bench train` with --output FILE")
     _draw(found, folder)
 
 
@@ -179,14 +310,23 @@ def drift(
 
 
 def _draw(result: dict[str, Any], folder: Path) -> None:
-    from flash_gsa.benchmarking.plots import draw
+    from flash_gsa.benchmarking import plots, train_plots
 
-    drawn = draw(result, folder)
+    drawn = (train_plots if result.keys() >= OF_TRAINING else plots).draw(result, folder)
     print(f"drawn: {', '.join(str(path) for path in drawn)}" if drawn else "nothing to draw: no part of it ran")
 
 
 def _names(given: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in given.split(",") if name.strip()) if given else ()
+
+
+def _whole_numbers(name: str, given: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in _names(given))
+    except ValueError:
+        raise UsageError(
+            f"--{name} is {given!r}; expected whole numbers with commas between them, as 2048,4096"
+        ) from None
 
 
 def _command(context: typer.Context) -> str:

@@ -43,12 +43,12 @@ def load_checkpoint(path: Path, engine: "Engine") -> tuple[Any, Any]:
         UsageError: nothing to load there, a damaged checkpoint, or a tokenizer with more tokens than the model.
     """
     from flash_gsa.data import load_tokenizer
-    from flash_gsa.models import GSAForCausalLM
     from flash_gsa.training.checkpoint import resolve_model_folder
+    from flash_gsa.training.export import load_model
 
     quiet_transformers()
     folder = resolve_model_folder(path)
-    model: Any = GSAForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = load_model(folder)
     model = model.to(engine.device).eval()
     tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:

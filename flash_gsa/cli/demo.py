@@ -110,8 +110,8 @@ def _examine(recipe: "Recipe", result: "TrainResult") -> dict[str, Any]:
     model, tokenizer = load_text_model(result.checkpoint, engine)
     parts = text_parts(recipe, tokenizer)
     batch = recipe.batch
-    stream = PackedBatches(parts.store, parts.train, length=batch.length, rows=batch.rows, seed=recipe.seed)
-    seen = list(_texts_seen(stream, result.step * batch.accumulation, tokenizer))
+    stream = PackedBatches(parts.train, length=batch.length, rows=batch.rows, seed=recipe.seed)
+    seen = list(_texts_seen(stream, result.step, tokenizer))
     held_out = list(part_documents(recipe, parts, "held_out"))
     held_out_bytes = [document.text.encode() for document in held_out]
 
@@ -169,7 +169,8 @@ def _texts_seen(stream: Any, batches: int, tokenizer: Any) -> Iterator[bytes]:
             if left <= 0:
                 break
             left -= len(ids)
-            text += tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+            # A row may begin or end within a character; what is left of it is none.
+            text += tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip("\ufffd").encode()
             if ids[-1] == tokenizer.eos_token_id:
                 yield text
                 text = b""

@@ -1,5 +1,6 @@
 """`flash-gsa train`: a recipe, with overrides, becomes a run."""
 
+import os
 import signal
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from flash_gsa.cli.checkpoint import quiet_transformers
 from flash_gsa.cli.completion import recipe_keys, recipe_names
+from flash_gsa.errors import UsageError
 
 if TYPE_CHECKING:
     from flash_gsa.training.trainer import TrainResult
@@ -35,6 +37,20 @@ def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete a run that is in the folder and start anew.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Train nothing: print sizes, work, time and memory, and refuse what cannot fit."
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="With --dry-run: how many processes.", show_default="as started, else 1"),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: memory of a device, e.g. 80GiB.", show_default="of the GPU here"),
+    ] = None,
 ) -> None:
     """Train a model by a recipe.
 
@@ -49,7 +65,15 @@ def train(
     [bold]flash-gsa train demo schedule.minutes=1 output_dir=runs/short[/bold]
 
     [bold]flash-gsa train ./mine.yaml device=cpu[/bold]
+
+    [bold]flash-gsa train gsa_1.3b --dry-run --processes 8 --device-memory 80GiB[/bold]
     """
+    if dry_run:
+        from flash_gsa.cli.dry_run import show_dry_run
+
+        return show_dry_run(recipe, overrides or [], processes, device_memory)
+    if processes is not None or device_memory is not None:
+        raise UsageError("--processes and --device-memory go with --dry-run; a run takes what its launcher started")
     from flash_gsa.training.progress import ProgressDisplay
     from flash_gsa.training.recipe_file import load_recipe
     from flash_gsa.training.trainer import train as run
@@ -60,9 +84,11 @@ def train(
             load_recipe(recipe, overrides or []), existing="overwrite" if fresh else "resume", on_event=display
         )
     exit_if_stopped(result)
-    typer.echo(f"checkpoint  {result.checkpoint}")
-    typer.echo(f"metrics     {result.run_dir / 'metrics.jsonl'}")
-    typer.echo(f"loss curve  {result.picture}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(f"checkpoint  {result.checkpoint}")
+        typer.echo(f"metrics     {result.run_dir / 'metrics.jsonl'}")
+        typer.echo(f"loss curve  {result.picture}")
+        typer.echo(f"report      {result.report}")
 
 
 def exit_if_stopped(result: "TrainResult") -> None:

@@ -3,7 +3,7 @@
 from flash_gsa.data.batches import NOT_SCORED, Batch
 from flash_gsa.data.encoding import encode_documents
 from flash_gsa.data.mqar import MQARBatches, multi_query_associative_recall
-from flash_gsa.data.packing import PackedBatches
+from flash_gsa.data.packing import PackedBatches, Part
 from flash_gsa.data.preparation import prepare_tokens
 from flash_gsa.data.sources import Document, iter_documents
 from flash_gsa.data.splits import split_documents
@@ -18,6 +18,7 @@ __all__ = [
     "DocumentBatch",
     "MQARBatches",
     "PackedBatches",
+    "Part",
     "TokenStore",
     "encode_documents",
     "iter_documents",

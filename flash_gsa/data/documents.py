@@ -1,6 +1,6 @@
 """What a text source gives: documents."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flash_gsa.errors import UsageError, did_you_mean
@@ -18,18 +18,23 @@ class Document(NamedTuple):
     name: str
 
 
+PartReader = Callable[[], Iterator[Document]]
+"""Reads one part of a source from its beginning."""
+
+
 class Source(Protocol):
     """A place that documents come from."""
 
-    def documents(self) -> Iterator[Document]:
-        """Every document, always in the same order.
+    def parts(self) -> Sequence[PartReader]:
+        """Its files, or whatever can be read without reading what comes before: the documents are those of each part
+        in turn, always in the same order.
 
         Raises:
-            UsageError: something there is not as it should be; the message names it.
+            UsageError: something there is not as it should be (the parts raise it too); the message names it.
         """
 
     def fingerprint(self) -> str:
-        """A string that differs whenever `documents()` would."""
+        """A string that differs whenever the documents would."""
 
 
 class Fields(NamedTuple):

@@ -25,27 +25,35 @@ def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str])
     encoded in parts cut at a single space between two letters or digits; ids are those of the whole
     text for every tokenizer whose tokens do not reach across such a space (all built-in ones).
     """
-    return list(DocumentEncoder(tokenizer)(texts))
+    return list(DocumentEncoder.of(tokenizer)(texts))
 
 
 class DocumentEncoder:
-    """`encode_documents`, prepared once for many calls. It works on its own copy of the tokenizer."""
+    """`encode_documents`, prepared once for many calls. Works on its own copy of the tokenizer; can be pickled."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "DocumentEncoder":
+        definition = tokenizer.backend_tokenizer.to_str()
+        return cls(definition, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+    def __init__(self, definition: str, vocab_size: int, bos: int | None, eos: int | None) -> None:
         from tokenizers import Tokenizer
 
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._arguments = (definition, vocab_size, bos, eos)
+        self._backend = Tokenizer.from_str(definition)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._bos = np.array([] if bos is None else [bos], self.dtype)
         self._eos = np.array([] if eos is None else [eos], self.dtype)
         # A tokenizer that writes a space in front of every text supplies the one at which a text is cut.
         whole, *parts = (self._ids(text) for text in ("to be", "to", " be", "be"))
         self._can_cut = whole in (parts[0] + parts[1], parts[0] + parts[2])
         self._space_is_implied = whole == parts[0] + parts[2]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return DocumentEncoder, self._arguments
 
     def __call__(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the ids of each text, in order."""

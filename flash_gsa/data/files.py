@@ -1,12 +1,13 @@
 """Local files as a source: one file, a folder or a pattern; plain or compressed."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 
 from flash_gsa.data.compression import DECOMPRESSORS, unreadable
-from flash_gsa.data.documents import Document, Fields
+from flash_gsa.data.documents import Document, Fields, PartReader
 from flash_gsa.data.readers import read_json_lines, read_parquet, read_text
 from flash_gsa.errors import UsageError, did_you_mean
 
@@ -24,7 +25,7 @@ READERS: dict[str, Reader] = {
 # What a folder is searched for: corpora, and not the README or the script that lies beside them.
 IN_FOLDERS = (".txt", ".jsonl", ".parquet")
 
-# Larger files are recognised by path, size and time of change instead of being read twice.
+# Files of more bytes together are recognised by path, size and time of change instead of being read twice.
 _HASHED_BYTES = 64 << 20
 
 
@@ -45,12 +46,12 @@ class FileSource:
             if _format(file) not in READERS:
                 raise UsageError(_unknown_format(file))
 
-    def documents(self) -> Iterator[Document]:
-        for file in self.files:
-            yield from READERS[_format(file)](file, _label(file), self.fields)
+    def parts(self) -> Sequence[PartReader]:
+        return [partial(READERS[_format(file)], file, _label(file), self.fields) for file in self.files]
 
     def fingerprint(self) -> str:
-        return repr([self.fields, *((_label(file), _format(file), _identity(file)) for file in self.files)])
+        identity = _identities(self.files)
+        return repr([self.fields, *((_label(f), _format(f), i) for f, i in zip(self.files, identity, strict=True))])
 
 
 def _find(spec: str) -> list[Path]:
@@ -104,12 +105,17 @@ def _unknown_format(file: Path) -> str:
     )
 
 
-def _identity(file: Path) -> str:
+def _identities(files: Sequence[Path]) -> list[str]:
+    """What is compared to find out whether the files have changed."""
+    file = files[0]
     try:
-        status = file.stat()
-        if status.st_size > _HASHED_BYTES:
-            return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        with file.open("rb") as contents:
-            return hashlib.file_digest(contents, "sha256").hexdigest()
+        status = [file.stat() for file in files]
+        if sum(one.st_size for one in status) > _HASHED_BYTES:
+            return [f"{file.resolve()} {s.st_size} {s.st_mtime_ns}" for file, s in zip(files, status, strict=True)]
+        identities = []
+        for file in files:
+            with file.open("rb") as contents:
+                identities.append(hashlib.file_digest(contents, "sha256").hexdigest())
+        return identities
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable(Path(error.filename or file), error) from error

@@ -23,6 +23,7 @@ The pairs are 6 → 8, 4 → 12, 2 → 11; their gaps are 3, 1 and 4, so 4 is as
 12 is the answer, then 6 at position 12 and 2 at 14.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,44 @@ def multi_query_associative_recall(
         UsageError: the pairs do not fit the length or the vocabulary, or a number is out of range.
     """
     _check(num_examples, seq_len, num_kv_pairs, vocab_size, power_a)
-    rng = np.random.default_rng(seed)
+    draw = _Draw([np.random.default_rng(seed)])
+    return _rows(draw, num_examples, seq_len, num_kv_pairs, vocab_size, power_a, random_non_queries)
+
+
+class _Draw:
+    """Random numbers `[rows, width]`: all from one generator, or each row from its own."""
+
+    def __init__(self, generators: Sequence[np.random.Generator]) -> None:
+        self._generators = generators
+
+    def exponential(self, rows: range, width: int) -> np.ndarray:
+        return self._each(rows, lambda generator, shape: generator.standard_exponential(shape), width)
+
+    def integers(self, rows: range, width: int, below: int) -> np.ndarray:
+        return self._each(rows, lambda generator, shape: generator.integers(below, size=shape), width)
+
+    def _each(self, rows: range, draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray], width: int) -> Any:
+        if len(self._generators) == 1:
+            return draw(self._generators[0], (len(rows), width))
+        return np.concatenate([draw(self._generators[row], (1, width)) for row in rows])
+
+
+def _rows(
+    draw: _Draw,
+    num_examples: int,
+    seq_len: int,
+    num_kv_pairs: int,
+    vocab_size: int,
+    power_a: float,
+    random_non_queries: bool,
+) -> tuple[np.ndarray, np.ndarray]:
     context, first_value = 2 * num_kv_pairs, vocab_size // 2
     distance = np.arange(1, (seq_len - context) // 2 + 1)
-    keys = 1 + _choose(rng, num_examples, num_kv_pairs, np.ones(first_value - 1))
-    values = first_value + _choose(rng, num_examples, num_kv_pairs, np.ones(vocab_size - first_value))
-    gaps = _choose(rng, num_examples, num_kv_pairs, distance ** (power_a - 1.0))
+    keys = 1 + _choose(draw, num_examples, num_kv_pairs, np.ones(first_value - 1))
+    values = first_value + _choose(draw, num_examples, num_kv_pairs, np.ones(vocab_size - first_value))
+    gaps = _choose(draw, num_examples, num_kv_pairs, distance ** (power_a - 1.0))
     if random_non_queries:
-        inputs = rng.integers(vocab_size, size=(num_examples, seq_len))
+        inputs = draw.integers(range(num_examples), seq_len, vocab_size)
     else:
         inputs = np.zeros((num_examples, seq_len), np.int64)
     targets = np.full((num_examples, seq_len), NOT_SCORED)
@@ -84,8 +115,9 @@ def multi_query_associative_recall(
 class MQARBatches:
     """Endless batches of the task, `[batch_size, seq_len]` without `cu_seqlens`.
 
-    Batch i depends on nothing but the arguments and i. `held_out=True` gives a stream of its own, for evaluation: no
-    random number of one stream is used in the other.
+    Row i of the stream depends on nothing but the arguments and i, so that some rows of a batch are made without the
+    others. `held_out=True` gives a stream of its own, for evaluation: no random number of one stream is used in the
+    other.
 
     Args:
         batch_size: rows a batch.
@@ -110,7 +142,8 @@ class MQARBatches:
         held_out: bool = False,
     ) -> None:
         _check(batch_size, seq_len, num_kv_pairs, vocab_size, power_a)
-        self.task = (batch_size, seq_len, num_kv_pairs, vocab_size, power_a, random_non_queries)
+        self.rows = batch_size
+        self.task = (seq_len, num_kv_pairs, vocab_size, power_a, random_non_queries)
         self.seed, self.held_out = seed, held_out
         self.position = 0
 
@@ -122,16 +155,19 @@ class MQARBatches:
         self.position += 1
         return batch
 
-    def batch(self, index: int) -> Batch:
-        """Batch `index` ≥ 0; does not move the position."""
-        seed = np.random.SeedSequence(self.seed, spawn_key=(int(self.held_out), index))
-        inputs, targets = multi_query_associative_recall(*self.task, seed=seed)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
+        """Rows `rows` of batch `index` ≥ 0; does not move the position."""
+        places = range(index * self.rows, (index + 1) * self.rows)[rows]
+        seeds = [np.random.SeedSequence(self.seed, spawn_key=(int(self.held_out), place)) for place in places]
+        made = _rows(_Draw([np.random.default_rng(seed) for seed in seeds]), len(places), *self.task)
+        inputs, targets = map(torch.from_numpy, made)
+        return Batch(inputs, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
         return {
             "position": self.position,
+            "rows": self.rows,
             "task": list(self.task),
             "seed": self.seed,
             "held_out": self.held_out,
@@ -152,7 +188,7 @@ class MQARBatches:
         self.position = state["position"]
 
 
-def _choose(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
+def _choose(draw: _Draw, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
     """`[rows, count]`: indices drawn one after the other without replacement, probabilities ∝ `weights`.
 
     Give index j an exponential arrival time with rate `weights[j]`; those that arrive first, in order of arrival, have
@@ -161,7 +197,7 @@ def _choose(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray
     chosen = np.empty((rows, count), np.int64)
     step = max(1, _SCRATCH // len(weights))
     for start in range(0, rows, step):
-        arrival = rng.standard_exponential((min(step, rows - start), len(weights))) / weights
+        arrival = draw.exponential(range(start, min(start + step, rows)), len(weights)) / weights
         first = np.argpartition(arrival, count - 1, axis=1)[:, :count]
         order = np.take_along_axis(arrival, first, axis=1).argsort(axis=1)
         chosen[start : start + step] = np.take_along_axis(first, order, axis=1)

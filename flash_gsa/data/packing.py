@@ -1,57 +1,78 @@
-"""Training batches from a token store: the shuffled documents as one endless stream, cut into shuffled rows."""
+"""Training batches from token stores: documents as one text without end, cut into rows that come in a drawn order."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from flash_gsa.data.batches import NOT_SCORED, Batch
+from flash_gsa.data.order import Mixture, Permutation
 from flash_gsa.data.store import TokenStore
 from flash_gsa.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is drawn from one source.
+
+    Attributes:
+        store: its tokens.
+        documents: indices of those used (see `split_documents`); None: all, which takes no memory a document.
+        weight: its share of the rows, in proportion to the weights of the other parts.
+    """
+
+    store: TokenStore
+    documents: np.ndarray | None = None
+    weight: float = 1.0
 
 
 class PackedBatches:
     """Endless packed batches of `rows` rows of `length` tokens.
 
-    Each epoch puts `documents` in an order drawn from (seed, epoch); epochs follow each other in one stream, which
-    is cut into rows. The rows of about one epoch at a time are drawn in an order of their own: a book is a single
-    document of hundreds of rows, and batches that held neighbouring rows would be about one book for minutes.
-    A sequence (see `Batch.cu_seqlens`) begins at each row and at each document. The target at a position is the
-    next token of the stream, also where that lies in the next row; at the last token of a document it is −100.
+    The documents of a part, in the order in which they are stored, form a circle: after the last comes the first.
+    Each epoch cuts it into rows, from a token on that is drawn from (seed, epoch), until all is in a row; so the last
+    row may hold some tokens a second time. The rows come in an order drawn from (seed, epoch). With several parts,
+    every stretch of rows holds them in the proportions of their weights, and each has epochs of its own.
 
-    Batch i depends on nothing but the arguments and i: `batch(i)` gives any at once, and to resume is to set
-    the position.
+    A sequence (see `Batch.cu_seqlens`) begins at each row and at each document. The target at a position is the next
+    token of the circle, also where that lies in another row; at the last token of a document it is −100.
+
+    Batch i depends on nothing but the arguments and i: any is made at once, and to resume is to set the position. A
+    process that computes some rows of a batch asks for those only. `position` is the number of batches drawn.
 
     Args:
-        store: the tokens.
-        documents: indices of the documents to use (see `split_documents`).
+        parts: what is drawn from.
         length: tokens a row.
-        rows: rows a batch.
+        rows: rows a batch, of all processes together.
         seed: decides the order.
 
     Raises:
-        UsageError: no documents, or a length or number of rows below 1.
+        UsageError: no documents, a length or number of rows below 1, weights that cannot be kept.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, *, length: int, rows: int, seed: int) -> None:
+    def __init__(self, parts: Part | Sequence[Part], *, length: int, rows: int, seed: int) -> None:
         if length < 1 or rows < 1:
             raise UsageError(f"length is {length} and rows is {rows}, expected whole numbers of at least 1")
-        self.store, self.length, self.rows, self.seed = store, length, rows, seed
+        self.parts = (parts,) if isinstance(parts, Part) else tuple(parts)
+        self.length, self.rows, self.seed = length, rows, seed
         self.position = 0
-        self.documents = np.asarray(documents, np.int64)
-        self.epoch_tokens = int(store.lengths(self.documents).sum())
-        if not self.epoch_tokens:
-            raise UsageError("there are no documents to make batches of. Name another source or hold out less")
-        self._identity = hashlib.sha256(store.key.encode() + self.documents.tobytes()).hexdigest()[:16]
-        self._block_rows = -(-self.epoch_tokens // length)
-        self._block: tuple[int, np.ndarray] = (-1, self.documents)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, self.documents, self.documents)
+        self._rows = [_Rows(part, length, (seed, number)) for number, part in enumerate(self.parts)]
+        self._mixture = Mixture([part.weight for part in self.parts], (seed, len(self.parts)))
 
     @property
-    def epochs(self) -> float:
-        """How often the documents have been gone through up to the current position."""
-        return self.position * self.rows * self.length / self.epoch_tokens
+    def epoch_tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(rows.text.num_tokens for rows in self._rows)
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often the documents of each part have been gone through up to the current position."""
+        drawn = self._mixture.counts(self.position * self.rows)
+        return [count / rows.per_epoch for count, rows in zip(drawn, self._rows, strict=True)]
 
     def __iter__(self) -> "PackedBatches":
         return self
@@ -61,29 +82,31 @@ class PackedBatches:
         self.position += 1
         return batch
 
-    def batch(self, index: int) -> Batch:
-        """Batch `index` ≥ 0: `input_ids` and `targets` `[1, rows·length]`; does not move the position."""
-        length = self.length
-        tokens = np.empty((self.rows, length), np.int64)
-        targets = np.empty((self.rows, length), np.int64)
-        boundary = np.zeros((self.rows, length), bool)
-        for i in range(self.rows):
-            row, begins = self._stream(self._row(index * self.rows + i) * length, length + 1)
-            tokens[i], boundary[i] = row[:-1], begins[:-1]
-            targets[i] = np.where(begins[1:], NOT_SCORED, row[1:])
-        boundary[:, 0] = True
-        cu_seqlens = np.append(np.flatnonzero(boundary), tokens.size).astype(np.int32)
+    def batch(self, index: int, rows: slice = slice(None)) -> Batch:
+        """Rows `rows` of batch `index` ≥ 0: `input_ids` and `targets` `[1, n·length]`; does not move the position."""
+        places = index * self.rows + np.arange(self.rows)[rows]
+        tokens = np.empty((len(places), self.length + 1), np.int64)
+        begins = np.zeros((len(places), self.length + 1), bool)
+        source, place = self._mixture(places)
+        for number, part in enumerate(self._rows):
+            mine = np.flatnonzero(source == number)
+            for i, start in zip(mine.tolist(), part.starts(place[mine]).tolist(), strict=True):
+                part.text.read(start, tokens[i], begins[i])
+        targets = np.where(begins[:, 1:], NOT_SCORED, tokens[:, 1:])
+        begins[:, 0] = True
+        boundaries = np.flatnonzero(begins[:, :-1])
         return Batch(
-            torch.from_numpy(tokens.reshape(1, -1)),
+            torch.from_numpy(tokens[:, :-1].reshape(1, -1)),
             torch.from_numpy(targets.reshape(1, -1)),
-            torch.from_numpy(cu_seqlens),
+            torch.from_numpy(np.append(boundaries, targets.size).astype(np.int32)),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
         return {
             "position": self.position,
-            "data": self._identity,
+            "data": [rows.text.identity for rows in self._rows],
+            "weights": [part.weight for part in self.parts],
             "length": self.length,
             "rows": self.rows,
             "seed": self.seed,
@@ -96,44 +119,63 @@ class PackedBatches:
             UsageError: it is a position in other data, or in batches of another size or order.
         """
         for name, value in self.state_dict().items():
-            if name != "position" and state[name] != value:
+            if name != "position" and state.get(name) != value:
                 raise UsageError(
-                    f"cannot go on in the data: {name} was {state[name]!r} when the run was saved and is "
+                    f"cannot go on in the data: {name} was {state.get(name)!r} when the run was saved and is "
                     f"{value!r} now. Resume with the settings and data of the saved run, or begin a new run"
                 )
         self.position = state["position"]
 
-    def _stream(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` tokens of the stream from `start` on (int64), and whether each begins a document."""
-        tokens = np.empty(count, np.int64)
-        begins = np.zeros(count, bool)
+
+class _Circle:
+    """The documents of a part one after the other, and again from the first."""
+
+    def __init__(self, part: Part) -> None:
+        self.store = part.store
+        if part.documents is None:
+            begins, ends, chosen = np.array([0]), np.array([self.store.num_tokens]), b"all"
+        else:
+            documents = np.unique(np.asarray(part.documents, np.int64))
+            chosen = documents.tobytes()
+            # Neighbours are one stretch of the store: where little is held out, there are few stretches.
+            first = documents[np.diff(documents, prepend=-2) != 1]
+            last = documents[np.diff(documents, append=np.iinfo(np.int64).max) != 1]
+            begins, ends = self.store.starts(first), self.store.starts(last) + self.store.lengths(last)
+        self._ends, self._until = ends, np.cumsum(ends - begins)  # of each stretch: in the store, and in the circle
+        self.num_tokens = int(self._until[-1]) if len(ends) else 0
+        self.identity = hashlib.sha256(self.store.key.encode() + chosen).hexdigest()[:16]
+        if not self.num_tokens:
+            raise UsageError("there are no documents to make batches of. Name another source or hold out less")
+
+    def read(self, start: int, tokens: np.ndarray, begins: np.ndarray) -> None:
+        """Fill `tokens` with those from `start` on, and set `begins` where a document begins (it is not cleared)."""
         done = 0
-        while done < count:
-            epoch, first = divmod(start + done, self.epoch_tokens)
-            last = min(first + count - done, self.epoch_tokens)
-            order, ends = self._order(epoch)
-            # The documents that overlap first … last − 1, and the part of each that does.
-            here = slice(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last - 1, "right") + 1)
-            documents = order[here]
-            begin = ends[here] - self.store.lengths(documents)
-            low, high = np.maximum(begin, first), np.minimum(ends[here], last)
-            source = self.store.offsets[documents] + low - begin
-            where = np.repeat(source - (low - first), high - low) + np.arange(last - first)
-            tokens[done : done + last - first] = self.store.tokens[where]
-            begins[done + (low - first)[low == begin]] = True
-            done += last - first
-        return tokens, begins
+        while done < len(tokens):
+            at = (start + done) % self.num_tokens
+            stretch = int(np.searchsorted(self._until, at, side="right"))
+            left = int(self._until[stretch]) - at
+            here = slice(done, min(done + left, len(tokens)))
+            self.store.read(int(self._ends[stretch]) - left, tokens[here], begins[here])
+            done = here.stop
 
-    def _row(self, index: int) -> int:
-        """Which row of the stream comes as the `index`-th: a permutation within blocks of an epoch's rows."""
-        block, place = divmod(index, self._block_rows)
-        if self._block[0] != block:
-            self._block = (block, np.random.default_rng([self.seed, block, 1]).permutation(self._block_rows))
-        return block * self._block_rows + int(self._block[1][place])
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents in the order of this epoch, and where each ends in it."""
-        if self._epoch[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.documents)
-            self._epoch = (epoch, order, np.cumsum(self.store.lengths(order)))
-        return self._epoch[1:]
+class _Rows:
+    """The rows of a part, epoch after epoch, in the order in which they are drawn."""
+
+    def __init__(self, part: Part, length: int, seed: tuple[int, ...]) -> None:
+        self.text, self.length = _Circle(part), length
+        self.per_epoch = -(-self.text.num_tokens // length)
+        self._order = lru_cache(2)(lambda epoch: Permutation(self.per_epoch, (*seed, epoch, 0)))
+        self._first = lru_cache(2)(lambda epoch: self._draw((*seed, epoch, 1)))
+
+    def starts(self, places: np.ndarray) -> np.ndarray:
+        """Where in the circle the rows at `places` begin."""
+        epochs, within = np.divmod(places, self.per_epoch)
+        starts = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            starts[here] = self._first(epoch) + self._order(epoch)(within[here]) * self.length
+        return starts
+
+    def _draw(self, seed: tuple[int, ...]) -> int:
+        return int(np.random.default_rng(seed).integers(self.text.num_tokens))

@@ -56,15 +56,10 @@ def read_parquet(path: Path, label: str, fields: Fields) -> Iterator[Document]:
     """One record a row; empty texts are passed over.
 
     Raises:
-        UsageError: pyarrow is not installed, the file is damaged, a column is missing, a value is not a string.
+        UsageError: the file is damaged, a column is missing, a value is not a string.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            f'{path}: Parquet files need pyarrow, which is not installed: pip install "flash-gsa[data]"'
-        ) from error
+    import pyarrow.parquet
+
     try:
         plain = path.suffix.lower() == ".parquet"
         contents = path if plain else pyarrow.BufferReader(b"".join(read_chunks(path)))

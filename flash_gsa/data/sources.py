@@ -34,7 +34,7 @@ def iter_documents(
         UsageError: what is wrong with the spec (at once) or with a document (when it is reached).
     """
     sources = open_sources(spec, text_field=text_field, source_field=source_field)
-    return (document for source in sources for document in source.documents())
+    return (document for source in sources for part in source.parts() for document in part())
 
 
 def open_sources(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from flash_gsa.data.order import mix
 from flash_gsa.data.store import TokenStore
 from flash_gsa.errors import UsageError
 
@@ -25,11 +26,11 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
     Raises:
         UsageError: a part's name or size is no good, or nothing is left to train on.
     """
-    total = int(store.num_bytes.sum())
-    rank = _mix(store.digest ^ _mix(np.array([seed], np.int64).astype(np.uint64)))
+    total = store.num_bytes
+    rank = mix(store.digests() ^ mix(np.array([seed], np.int64).astype(np.uint64)))
     order = np.argsort(rank, kind="stable")
     rank = rank[order]
-    covered = np.cumsum(store.num_bytes[order])
+    covered = np.cumsum(store.sizes()[order])
     parts: dict[str, np.ndarray] = {}
     start = 0
     for name, size in held_out.items():
@@ -53,11 +54,3 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
         parts[name] = np.sort(order[start:end])
         start = end
     return {"train": np.sort(order[start:]), **parts}
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: a bijection of uint64 in which every input bit moves every output bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

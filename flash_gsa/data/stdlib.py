@@ -3,10 +3,10 @@
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flash_gsa.data.documents import Document
+from flash_gsa.data.documents import Document, PartReader
 from flash_gsa.errors import UsageError
 
 _ENOUGH_BYTES = 1_000_000
@@ -35,7 +35,11 @@ class StandardLibrary:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or Path(sysconfig.get_path("stdlib"))
 
+    def parts(self) -> Sequence[PartReader]:
+        return [self.documents]
+
     def documents(self) -> Iterator[Document]:
+        """All of them, in order."""
         seen: set[bytes] = set()
         size = 0
         for document in (*self._code(), *self._prose()):

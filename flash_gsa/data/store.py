@@ -1,148 +1,183 @@
-"""Tokenised documents on disk: flat arrays with offsets, memory-mapped, and a manifest that vouches for them.
+"""Tokenised documents on disk: Arrow shards, memory-mapped, and a manifest that vouches for them.
 
-KEY/
-  tokens.npy     uint16 or uint32 [tokens]    every document's `[bos] tokens [eos]`, one after the other
-  offsets.npy    int64  [documents + 1]       document i is tokens[offsets[i] : offsets[i + 1]]
-  num_bytes.npy  int64  [documents]           length of its text in UTF-8
-  source.npy     uint16 [documents]           index of its label in the manifest's "sources"
-  digest.npy     uint64 [documents]           first 8 bytes of the BLAKE2b hash of its text
-  manifest.json  format, key, counts, labels; size and sha256 of each file above. Written last
+    KEY/
+      shard-00000.arrow …   see shards.py
+      manifest.json         see manifest.py; written last
+      lock                  held by the process that builds
+
+Opening maps the shards and reads their schemas: what is in memory does not grow with the number of documents.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-ARRAYS = ("tokens", "offsets", "num_bytes", "source", "digest")
-
-
-class DamagedStore(Exception):
-    """A folder that should hold a token store does not hold a whole one."""
+from flash_gsa.data.manifest import WHOLE, Contents, ShardRecord, read_manifest
+from flash_gsa.data.shards import Shard, open_shard, sha256_of
+from flash_gsa.errors import UsageError
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened store; the arrays are read-only memory maps of the files above.
+    """Documents 0, 1, … of one store or of several, as tokens.
+
+    Tokens are counted through: document i begins at token `starts(i)` of the store, and the next one where it ends.
 
     Attributes:
-        folder: where it lies.
-        key: hexadecimal name of its contents (source and tokenizer).
-        sources: the labels; `sources[source[i]]` is that of document i.
-        tokens, offsets, num_bytes, source, digest: see the module's text.
+        key: names the contents (source and tokenizer).
+        shards: at least one.
+        num_bytes: of text.
+        folder: where it lies; None for several stores joined.
     """
 
-    folder: Path
     key: str
-    sources: list[str]
-    tokens: np.ndarray
-    offsets: np.ndarray
-    num_bytes: np.ndarray
-    source: np.ndarray
-    digest: np.ndarray
+    shards: Sequence[Shard]
+    num_bytes: int
+    folder: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = False) -> "TokenStore":
-        """Open the store in `folder`. File sizes are always checked, sha256 sums if `verify`.
+    def open(cls, folder: Path, *, expected: Contents | None = None, verify: bool = False) -> "TokenStore":
+        """Open the store in `folder`. File sizes are always checked, sha256 sums (all is read once) if `verify`.
 
         Raises:
-            DamagedStore: something is missing, of another format, or not as the manifest says.
+            UsageError: no manifest, or not of `expected`; a shard is missing, changed, or not of this store.
         """
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise DamagedStore(f"its format is {manifest['format']}, expected {FORMAT}")
-            for name, expected in manifest["files"].items():
-                if (folder / name).stat().st_size != expected["size"]:
-                    raise DamagedStore(f"{name} is not {expected['size']} bytes long")
-                if verify and sha256_of(folder / name) != expected["sha256"]:
-                    raise DamagedStore(f"{name} does not have the sha256 it was written with")
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-            return cls(folder, manifest["key"], manifest["sources"], **arrays)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedStore(f"{type(error).__name__}: {error}") from error
+        manifest = read_manifest(folder / WHOLE, expected)
+        if manifest is None:
+            raise UsageError(f"{folder} holds no whole token store: there is no {WHOLE}. prepare_tokens builds it")
+        for record in manifest.shards:
+            _check_size(folder / record.file, record)
+        if verify:
+            with ThreadPoolExecutor() as pool:
+                found = pool.map(lambda record: sha256_of(folder / record.file), manifest.shards)
+                for record, sha256 in zip(manifest.shards, found, strict=True):
+                    if sha256 != record.sha256:
+                        raise UsageError(
+                            f"the shard {folder / record.file} is damaged: its sha256 is {sha256}, and the manifest "
+                            f"expects {record.sha256}. Delete this shard; it is built again alone"
+                        )
+        key = manifest.contents.key
+        shards = [
+            open_shard(folder / record.file, key, number, manifest.labels)
+            for number, record in enumerate(manifest.shards)
+        ]
+        for record, shard in zip(manifest.shards, shards, strict=True):
+            if (len(shard.num_bytes), len(shard.tokens)) != (record.documents, record.tokens):
+                raise UsageError(
+                    f"the shard {folder / record.file} holds {len(shard.num_bytes):,} documents of "
+                    f"{len(shard.tokens):,} tokens, the manifest expects {record.documents:,} of {record.tokens:,}. "
+                    f"Delete the folder {folder}; it is built again"
+                )
+        return cls(key, shards, sum(record.bytes for record in manifest.shards), folder)
+
+    @classmethod
+    def joined(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
+        """The documents of several stores, one after the other."""
+        if len(stores) == 1:
+            return stores[0]
+        shards = [shard for store in stores for shard in store.shards]
+        return cls("+".join(store.key for store in stores), shards, sum(store.num_bytes for store in stores))
+
+    def labelled(self, label: str) -> "TokenStore":
+        """The same documents, all with this label."""
+        return replace(self, shards=[replace(shard, labels=[label] * len(shard.labels)) for shard in self.shards])
 
     @property
     def num_documents(self) -> int:
-        return len(self.num_bytes)
+        return int(self._first_document[-1])
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        return int(self._first_token[-1])
 
-    def lengths(self, documents: np.ndarray) -> np.ndarray:
-        """Number of tokens of each of `documents` (int64, bos and eos counted)."""
-        return self.offsets[documents + 1] - self.offsets[documents]
+    def sizes(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """UTF-8 bytes of the text of each of `documents` (None: all), int64."""
+        return self._gather(documents, np.int64, lambda shard, first, here: shard.num_bytes[here])
+
+    def digests(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """A hash of the text of each of `documents` (None: all), uint64."""
+        return self._gather(documents, np.uint64, lambda shard, first, here: shard.digest[here])
+
+    def starts(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """The token at which each of `documents` (None: all) begins, int64."""
+        return self._gather(documents, np.int64, lambda shard, first, here: first + shard.offsets[:-1][here])
+
+    def lengths(self, documents: np.ndarray | None = None) -> np.ndarray:
+        """Number of tokens of each of `documents` (None: all), bos and eos counted; int64."""
+        return self._gather(
+            documents, np.int64, lambda shard, first, here: shard.offsets[1:][here] - shard.offsets[:-1][here]
+        )
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, a view."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        """The tokens of one document, a view of the file."""
+        shard, i = self._find(index)
+        return shard.tokens[shard.offsets[i] : shard.offsets[i + 1]]
 
     def label(self, index: int) -> str:
         """The source label of one document."""
-        return self.sources[self.source[index]]
+        shard, i = self._find(index)
+        return shard.labels[shard.source[i]]
+
+    def read(self, start: int, tokens: np.ndarray, begins: np.ndarray) -> None:
+        """Fill `tokens` with those from token `start` on; set `begins` where a document begins (it is not cleared)."""
+        done = 0
+        while done < len(tokens):
+            number = int(np.searchsorted(self._first_token, start + done, side="right")) - 1
+            shard, first = self.shards[number], start + done - int(self._first_token[number])
+            count = min(len(tokens) - done, len(shard.tokens) - first)
+            tokens[done : done + count] = shard.tokens[first : first + count]
+            inside = slice(*np.searchsorted(shard.offsets, np.array([first, first + count])))
+            begins[done + shard.offsets[inside] - first] = True
+            done += count
+
+    @cached_property
+    def _first_document(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard.num_bytes) for shard in self.shards)])
+
+    @cached_property
+    def _first_token(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])
+
+    def _find(self, document: int) -> tuple[Shard, int]:
+        number = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return self.shards[number], int(document - self._first_document[number])
+
+    def _gather(
+        self, documents: np.ndarray | None, dtype: Any, value: Callable[[Shard, int, np.ndarray | slice], np.ndarray]
+    ) -> np.ndarray:
+        """`value(shard, its first token, documents within it)` of `documents`, in their order."""
+        if documents is None:
+            parts = [
+                value(shard, first, slice(None))
+                for shard, first in zip(self.shards, self._first_token.tolist(), strict=False)
+            ]
+            return np.concatenate(parts, dtype=dtype)
+        documents = np.asarray(documents, np.int64)
+        result = np.empty(len(documents), dtype)
+        numbers = np.searchsorted(self._first_document, documents, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        edges = np.searchsorted(numbers[order], np.arange(len(self.shards) + 1)).tolist()
+        for number, (begin, end) in enumerate(pairwise(edges)):
+            if begin < end:
+                here = order[begin:end]
+                within = documents[here] - self._first_document[number]
+                result[here] = value(self.shards[number], int(self._first_token[number]), within)
+        return result
 
 
-def write_manifest(folder: Path, **entries: Any) -> None:
-    """Close a store: `entries` and the size and sha256 of each array."""
-    files = {
-        f"{name}.npy": {
-            "size": (folder / f"{name}.npy").stat().st_size,
-            "sha256": sha256_of(folder / f"{name}.npy"),
-        }
-        for name in ARRAYS
-    }
-    text = json.dumps({"format": FORMAT, **entries, "files": files}, indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as contents:
-        return hashlib.file_digest(contents, "sha256").hexdigest()
-
-
-class ArrayWriter:
-    """Writes a one-dimensional `.npy` file piece by piece, whose length is known only at the end."""
-
-    def __init__(self, path: Path, dtype: Any) -> None:
-        self.dtype = np.dtype(dtype)
-        self.length = 0
-        self._file = path.open("wb")
-        self._write_header()
-        self._data_start = self._file.tell()
-
-    def append(self, values: Any) -> None:
-        array = np.asarray(values, self.dtype)
-        self._file.write(array.tobytes())
-        self.length += array.size
-
-    def __enter__(self) -> "ArrayWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                # numpy pads its header so that the length can grow in place.
-                self._file.seek(0)
-                self._write_header()
-                assert self._file.tell() == self._data_start
-        finally:
-            self._file.close()
-
-    def _write_header(self) -> None:
-        np.lib.format.write_array_header_1_0(
-            self._file,
-            {
-                "descr": np.lib.format.dtype_to_descr(self.dtype),
-                "fortran_order": False,
-                "shape": (self.length,),
-            },
+def _check_size(path: Path, record: ShardRecord) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UsageError(f"the shard {path} is missing. prepare_tokens builds it again alone") from None
+    if size != record.size:
+        raise UsageError(
+            f"the shard {path} is damaged: it has {size:,} bytes, and the manifest expects {record.size:,} (sha256 "
+            f"{record.sha256}). Delete this shard; it is built again alone"
         )

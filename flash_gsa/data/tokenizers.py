@@ -46,7 +46,7 @@ def load_tokenizer(
     if spec == "mistral":
         return mistral_tokenizer()
     if spec == "bpe" or spec.startswith("bpe:"):
-        return _trained_bpe(_bpe_size(spec), training_texts)
+        return _trained_bpe(bpe_size(spec), training_texts)
     return _from_folder(spec)
 
 
@@ -63,7 +63,8 @@ def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     return _wrap_byte_level(tokenizer)
 
 
-def _bpe_size(spec: str) -> int:
+def bpe_size(spec: str) -> int:
+    """N of `bpe:N`. Raises UsageError if it is no whole number in range."""
     digits = spec.partition(":")[2].replace("_", "")
     size = int(digits) if digits.isascii() and digits.isdigit() else 0
     if not SMALLEST_BPE <= size <= LARGEST_BPE:

@@ -94,6 +94,6 @@ def _batch(
         torch.from_numpy(boundaries.astype(np.int32)),
         documents,
         tuple(store.label(index) for index in documents),
-        np.zeros(1, np.int64) if continues else np.array(store.num_bytes[documents]),
+        np.zeros(1, np.int64) if continues else store.sizes(documents),
         continues,
     )

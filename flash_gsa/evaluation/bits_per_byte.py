@@ -63,6 +63,15 @@ class Evaluation:
     total: Score
     by_source: dict[str, Score]
 
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        names = self.by_source.keys() | other.by_source.keys()
+        none = Score()
+        by_source = {n: self.by_source.get(n, none) + other.by_source.get(n, none) for n in names}
+        return Evaluation(self.total + other.total, by_source)
+
+
+NOTHING = Evaluation(Score(), {})
+
 
 @torch.no_grad()
 def evaluate_documents(

@@ -9,7 +9,6 @@ import torch
 from flash_gsa.data import NOT_SCORED, Batch
 
 
-@torch.no_grad()
 def mqar_accuracy(
     model: Any, batches: Iterable[Batch], *, autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> float:
@@ -23,6 +22,17 @@ def mqar_accuracy(
     Raises:
         ValueError: no position is scored.
     """
+    right, scored = count_right(model, batches, autocast=autocast)
+    if not scored:
+        raise ValueError("no position of these batches is scored (all targets are -100); expected MQAR batches")
+    return right / scored
+
+
+@torch.no_grad()
+def count_right(
+    model: Any, batches: Iterable[Batch], *, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[int, int]:
+    """Scored positions at which argmax of the logits is the target, and all scored ones; see `mqar_accuracy`."""
     was_training = model.training
     model.eval()
     right = scored = 0
@@ -37,6 +47,4 @@ def mqar_accuracy(
             scored += int(at.sum())
     finally:
         model.train(was_training)
-    if not scored:
-        raise ValueError("no position of these batches is scored (all targets are -100); expected MQAR batches")
-    return right / scored
+    return right, scored

@@ -5,6 +5,7 @@ nobody reads are this model's own failure.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from flash_gsa.errors import UsageError
 from flash_gsa.ops.api import own_precision
 
-from .slots import gsa_layers, layer_inputs
+from .slots import gsa_layers
 
 DEAD = 0.01
 """Of an equal share of the reading: a slot that gets less is dead."""
@@ -48,19 +49,36 @@ def slot_usage(model: Any, token_ids: Sequence[int]) -> dict[str, dict[str, floa
     if not layers:
         return {}
     found: dict[str, dict[str, float]] = {"forgetting": {}, "slot_entropy": {}, "dead_slots": {}}
-    for layer, x in layer_inputs(model, token_ids, layers).items():
-        q, k, _, g, s = model.model.layers[layer].attn.project(x)
-        forgetting = -torch.expm1(g[0].float())
-        with own_precision(q):
-            read = _mean_read(q[0].float(), k[0].float(), g[0].float(), forgetting if s is None else s[0].float())
-        H, M = g.shape[2:]
-        entropy = -torch.special.xlogy(read, read).sum(-1) / torch.log(torch.tensor(float(max(M, 2))))
-        most = read.view(H, -1, M).amax(1)
-        name = str(layer)
-        found["forgetting"][name] = float(forgetting.mean())
-        found["slot_entropy"][name] = float(entropy.mean())
-        found["dead_slots"][name] = float((most < DEAD / M).float().mean())
+
+    def look(attn: Any, arguments: tuple[Tensor, ...], layer: int) -> None:
+        for name, value in _usage(attn, arguments[0]).items():
+            found[name][str(layer)] = value
+
+    # During the forward, because that is when weights that lie in shards are at hand.
+    hooks = [model.model.layers[i].attn.register_forward_pre_hook(partial(look, layer=i)) for i in layers]
+    try:
+        device = next(model.parameters()).device
+        model.model(torch.tensor([list(token_ids)], device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
+
+
+def _usage(attn: Any, x: Tensor) -> dict[str, float]:
+    """The three numbers of a layer whose input is x [1, T, d]."""
+    q, k, _, g, s = attn.project(x)
+    forgetting = -torch.expm1(g[0].float())
+    with own_precision(q):
+        read = _mean_read(q[0].float(), k[0].float(), g[0].float(), forgetting if s is None else s[0].float())
+    H, M = g.shape[2:]
+    entropy = -torch.special.xlogy(read, read).sum(-1) / torch.log(torch.tensor(float(max(M, 2))))
+    most = read.view(H, -1, M).amax(1)
+    return {
+        "forgetting": float(forgetting.mean()),
+        "slot_entropy": float(entropy.mean()),
+        "dead_slots": float((most < DEAD / M).float().mean()),
+    }
 
 
 def _mean_read(q: Tensor, k: Tensor, g: Tensor, s: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .feature_maps import ACTIVATIONS
+from .sequences import WholeSequences
 
 
 class ShortConvolution(nn.Module):
@@ -20,6 +21,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.channels, self.width = channels, width
         self.activation = ACTIVATIONS[activation]
+        self.sequences = WholeSequences()
         # [D, 1, W] as in nn.Conv1d and in published checkpoints.
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
@@ -33,14 +35,15 @@ class ShortConvolution(nn.Module):
         """Convolve x [B, T, D].
 
         Args:
-            tail: the last W-1 inputs of the piece before, [B, W-1, D]; None at the start of a sequence.
+            tail: the last W-1 inputs of the piece before, [B, W-1, D]; None: as `sequences` says, zeros at the start
+                of a sequence.
             cu_seqlens: [S+1] boundaries of packed sequences; no tap reaches across one. Excludes `tail`.
 
         Returns:
             y [B, T, D] and the tail for the next piece [B, W-1, D].
         """
         if tail is None:
-            tail = x.new_zeros(x.shape[0], self.width - 1, self.channels)
+            tail = self.sequences.before(x, self.width - 1)
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
         if x.shape[1] == 0:
             y = x  # which conv1d refuses
@@ -52,7 +55,7 @@ class ShortConvolution(nn.Module):
 
     def _packed(self, padded: Tensor, cu_seqlens: Tensor) -> Tensor:
         T = padded.shape[1] - self.width + 1
-        position = positions(cu_seqlens, T, padded.device)[None, :, None]
+        position = positions(cu_seqlens, T, padded.device, self.sequences.first(T))[None, :, None]
         y = torch.zeros_like(padded[:, :T])
         for back in range(self.width):
             shifted = padded[:, self.width - 1 - back : self.width - 1 - back + T]
@@ -61,8 +64,9 @@ class ShortConvolution(nn.Module):
         return y
 
 
-def positions(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
-    """Each packed token's position in its own sequence: [length] int64."""
+def positions(cu_seqlens: Tensor, length: int, device: torch.device, first: int = 0) -> Tensor:
+    """The positions of `length` packed tokens from the one numbered `first` on, each in its own sequence: [length]
+    int64."""
     bounds = cu_seqlens.to(device, torch.int64)
-    token = torch.arange(length, device=device)
+    token = torch.arange(first, first + length, device=device)
     return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError, did_you_mean
-from ..ops import abc_gates, abc_gates_step, gated_slot_attention, gated_slot_attention_step
+from ..ops import abc_gates_step, gated_slot_attention_step
 from ..ops.pointwise import log_gates, silu_each
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
 from .norm import RMSNorm, SiluRMSNorm
+from .sequences import WholeSequences
 
 GATINGS = ("gsa", "data_independent", "abc")
 GATE_SOURCES = ("f_proj", "pooled_keys")
@@ -108,6 +109,7 @@ class GatedSlotAttention(nn.Module):
 
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.num_slots, self.layer_idx = num_slots, layer_idx
+        self.sequences = WholeSequences()
         self.head_k_dim, self.head_v_dim = key_dim // num_heads, value_dim // num_heads
         self.gating, self.gate_source, self.gate_logit_normalizer = gating, gate_source, gate_logit_normalizer
         self.feature_map = FEATURE_MAPS[feature_map]
@@ -184,7 +186,7 @@ class GatedSlotAttention(nn.Module):
             )
             o = o[:, None]
         else:
-            o, state = gated_slot_attention(
+            o, state = self.sequences.gated_slot_attention(
                 q,
                 k,
                 v,
@@ -263,7 +265,7 @@ class GatedSlotAttention(nn.Module):
             g, s, z = (y[:, None] for y in abc_gates_step(logits[:, 0], z))
             z = z[:, 0]
         else:
-            g, s, z = abc_gates(logits, initial_normalizer=z, output_final_normalizer=True, cu_seqlens=cu_seqlens)
+            g, s, z = self.sequences.abc_gates(logits, z, cu_seqlens)
         carry["normalizer"] = z
         if token is not None:
             g, s = g.masked_fill(~token, 0.0), s.masked_fill(~token, 0.0)

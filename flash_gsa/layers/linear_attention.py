@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError, did_you_mean
-from ..ops import gated_linear_attention, gated_linear_attention_step
+from ..ops import gated_linear_attention_step
 from .convolution import ShortConvolution
 from .feature_maps import FEATURE_MAPS
 from .norm import RMSNorm
+from .sequences import WholeSequences
 
 
 class GatedRMSNorm(RMSNorm):
@@ -83,6 +84,7 @@ class LinearAttentionMixer(nn.Module):
         self.kv_key_dim, self.kv_value_dim = num_kv_heads * self.head_k_dim, num_kv_heads * self.head_v_dim
         self.feature_map = FEATURE_MAPS[feature_map]
         self.use_short_conv, self.layer_idx = use_short_conv, layer_idx
+        self.sequences = WholeSequences()
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, state={self.head_k_dim}×{self.head_v_dim}"
@@ -126,7 +128,7 @@ class LinearAttentionMixer(nn.Module):
             o, state = gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state=state, scale=scale)
             o = o[:, None]
         else:
-            o, state = gated_linear_attention(
+            o, state = self.sequences.gated_linear_attention(
                 q,
                 k,
                 v,

@@ -81,7 +81,7 @@ class MultiScaleRetention(LinearAttentionMixer):
 
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         seen = torch.zeros(sequences, dtype=torch.int64, device=x.device) if past is None else past["seen"]
-        position, seen = count_tokens(x, seen, attention_mask, cu_seqlens)
+        position, seen = count_tokens(x, seen, attention_mask, cu_seqlens, self.sequences.first(x.shape[1]))
         if carry is not None:
             carry["seen"] = seen
         turn = rotation(position, self.head_k_dim, self.rope_theta)

@@ -33,7 +33,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def count_tokens(
-    x: Tensor, seen: Tensor | int, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor, seen: Tensor | int, attention_mask: Tensor | None, cu_seqlens: Tensor | None, first: int = 0
 ) -> tuple[Tensor, Tensor | int]:
     """Each token's place among the real tokens of its sequence.
 
@@ -42,6 +42,7 @@ def count_tokens(
         seen: real tokens of each sequence before it: [N], or one number for all.
         attention_mask: [B, T] or None; padding is not counted.
         cu_seqlens: [S+1] boundaries of packed sequences or None.
+        first: tokens before the first of x that another process has; `cu_seqlens` counts them.
 
     Returns:
         The places [B, T] ([T] where all rows agree), and `seen` after this piece.
@@ -49,12 +50,12 @@ def count_tokens(
     T = x.shape[1]
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(x.device, torch.int64)
-        place = positions(cu_seqlens, T, x.device)
+        place = positions(cu_seqlens, T, x.device, first)
         if isinstance(seen, Tensor):
-            token = torch.arange(T, device=x.device)
+            token = torch.arange(first, first + T, device=x.device)
             place = place + seen[torch.searchsorted(bounds, token, right=True) - 1]
         return place, seen + bounds.diff()
-    start = seen[:, None] if isinstance(seen, Tensor) else seen
+    start = first + (seen[:, None] if isinstance(seen, Tensor) else seen)
     if attention_mask is None:
         return start + torch.arange(T, device=x.device), seen + T
     real = attention_mask.long()

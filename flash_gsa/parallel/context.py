@@ -1,9 +1,10 @@
 """Context parallelism: one long sequence over several processes, each with a stretch of its tokens.
 
-Both states follow a recurrence that is linear and diagonal, so what a stretch does to a state is known without it:
+The states follow a recurrence that is linear and diagonal, so what a stretch does to a state is known without it:
 
-    state after = e^D ∘ state before + L,     D = Σ_t g_t,     L = Σ_t (s_t e^{Σ_{i>t} g_i}) ⊗ x_t     (x = k or v)
+    state after = e^D ∘ state before + L,     D = Σ_t g_t,     L = Σ_t (w_t e^{Σ_{i>t} g_i}) ⊗ x_t
 
+with w the write strengths s and x = k or v in gated slot attention, w the keys and x = v in gated linear attention.
 Each process computes D and L of its own tokens, all exchange them once, and each sums up what comes before it:
 
     state before r = Σ_{i<r} e^{Σ_{i<j<r} D_j} ∘ L_i
@@ -11,31 +12,33 @@ Each process computes D and L of its own tokens, all exchange them once, and eac
 From there the operator runs as it does on one device. The backward is that of these equations: the gradient of the
 state before each stretch is exchanged once, and arrives as gradients of the L and D of the stretches before it.
 
-A process sends the two states of a head, whatever the length: (K + V + 1)·M·H float32 numbers a sequence, forward and
-backward. Its own tokens are gone through once more for L, of which e^{Σ_{i>t} g_i} leaves few where gates forget.
+A process sends the states of a head, whatever the length: (K + V + 1)·M·H float32 numbers a sequence, (V + 1)·K·H in
+gated linear attention, forward and backward. Its own tokens, of packed sequences those of the last one, are gone
+through once more for L.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
-from ..ops import gated_slot_attention
+from ..ops import gated_linear_attention, gated_slot_attention
 from ..ops.api import own_precision
 from ..ops.registry import Problem, State, select
-from ..ops.validation import check_cu_seqlens, check_policy, check_sequence, state_dtype
+from ..ops.validation import check_linear_sequence, check_policy, check_sequence, state_dtype
+from .exchange import Exchange, Gather, Group, Part, Tied, part_of, place, summed
 
-Group = dist.ProcessGroup | None
 AT_ONCE, PIECE = 16384, 512
 """Tokens that are float32 at a time, so that no second copy of k and v exists; and tokens of one product: products of
 [M, PIECE] by [PIECE, K] are many and fill a GPU, where one of [M, T] by [T, K] leaves it idle."""
 
 
+@torch.compiler.disable
 def context_parallel_gated_slot_attention(
     q: Tensor,
     k: Tensor,
@@ -82,12 +85,85 @@ def context_parallel_gated_slot_attention(
     """
     check_policy(states)
     check_sequence(q, k, v, g, s, scale, None if cu_seqlens is not None else initial_state, None)
-    rank, ranks = _place(group)
+    rank, ranks = place(group)
     operator = partial(gated_slot_attention, scale=scale, states=states, backend=backend)
     if ranks == 1:
         return operator(
             q, k, v, g, s, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
         )
+    part = _checked_part(q, cu_seqlens, initial_state, output_final_state, rank, ranks)
+
+    B, T, HQ, K = q.shape
+    problem = Problem(B, T, HQ, k.shape[2], K, v.shape[3], g.shape[3], q.dtype, q.device.type)
+    chosen = select(backend, problem)
+    if chosen.context_forward is not None and part.boundaries is None:
+        exchange = Exchange(group, rank, ranks)
+        with own_precision(q):
+            return chosen.context_forward(
+                q, k, v, g, s, scale, initial_state, output_final_state, states == "recompute", exchange
+            )
+    initial = None if initial_state is None else torch.cat([initial_state[0].transpose(2, 3), initial_state[1]], -1)
+    with own_precision(q):
+        lasts = slice(part.last, None)
+        wide = g[:, lasts].to(state_dtype(q))
+        strength = -torch.expm1(wide) if s is None else s[:, lasts]
+        before = _exchange(strength, (k[:, lasts], v[:, lasts]), wide, initial, part, group)
+
+    def state(before: Tensor) -> State:
+        hk, hv = before.split([K, v.shape[3]], dim=-1)
+        return hk.transpose(2, 3).contiguous(), hv.contiguous()
+
+    return _from(before, state, operator, (q, k, v, g, s), initial_state, output_final_state, part)
+
+
+@torch.compiler.disable
+def context_parallel_gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    group: Group = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`gated_linear_attention` of sequences of which each process of `group` holds a stretch, in the order of ranks.
+
+        o_t = scale · S_tᵀ q_t,    S_t = e^{Σ_{i≤t} g_i} ∘ S₀ + what its own tokens up to t have written,
+
+    S₀ being the state before this process's first token. Collective, and otherwise in every way as
+    `context_parallel_gated_slot_attention`.
+
+    Args:
+        q, k, v, g, scale, backend: this process's tokens, as in `gated_linear_attention`.
+        group, initial_state, output_final_state, cu_seqlens: as in `context_parallel_gated_slot_attention`; the state
+            is S [B, H, K, V].
+
+    Returns:
+        o [B, T, HQ, V] of this process's tokens, and the state after them or None.
+
+    Raises:
+        UsageError: as in `gated_linear_attention` and `context_parallel_gated_slot_attention`.
+    """
+    check_linear_sequence(q, k, v, g, scale, None if cu_seqlens is not None else initial_state, None)
+    rank, ranks = place(group)
+    operator = partial(gated_linear_attention, scale=scale, backend=backend)
+    if ranks == 1:
+        return operator(
+            q, k, v, g, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
+        )
+    part = _checked_part(q, cu_seqlens, initial_state, output_final_state, rank, ranks)
+    with own_precision(q):
+        lasts = slice(part.last, None)
+        wide = g.expand_as(k)[:, lasts].to(state_dtype(q))
+        before = _exchange(k[:, lasts], (v[:, lasts],), wide, initial_state, part, group)
+    return _from(before, lambda x: x, operator, (q, k, v, g), initial_state, output_final_state, part)
+
+
+def _checked_part(q: Tensor, cu_seqlens, initial_state, output_final_state: bool, rank: int, ranks: int) -> Part:
     if q.shape[0] == 0 or q.shape[1] == 0:
         raise UsageError(f"every process needs tokens, got q {list(q.shape)} on rank {rank}")
     if initial_state is not None and rank > 0:
@@ -95,151 +171,66 @@ def context_parallel_gated_slot_attention(
             f"initial_state was given on rank {rank}: it is the state before the first token of all, which rank 0 "
             "has; give None elsewhere"
         )
-    pieces = None
-    if cu_seqlens is not None:
-        if initial_state is not None or output_final_state:
-            raise UsageError(
-                "packed sequences over several processes have no initial or final states; leave out initial_state "
-                "and output_final_state, or cu_seqlens"
-            )
-        pieces = _pieces(cu_seqlens, q.shape, rank, ranks)
-
-    B, T, HQ, K = q.shape
-    problem = Problem(B, T, HQ, k.shape[2], K, v.shape[3], g.shape[3], q.dtype, q.device.type)
-    chosen = select(backend, problem)
-    if chosen.context_forward is not None and pieces is None:
-        exchange = Exchange(group, rank, ranks)
-        with own_precision(q):
-            return chosen.context_forward(
-                q, k, v, g, s, scale, initial_state, output_final_state, states == "recompute", exchange
-            )
-    with own_precision(q):
-        before = _exchange(k, v, g, s, initial_state, pieces, rank, group)
-    if pieces is not None:
-        return _Tied.apply(_packed(operator, (q, k, v, g, s), before, pieces), *before), None
-    o, after = operator(
-        q, k, v, g, s, initial_state=before if rank > 0 else initial_state, output_final_state=output_final_state
-    )
-    if after is not None:
-        after = (_Tied.apply(after[0], *before), _Tied.apply(after[1], *before))
-    return _Tied.apply(o, *before), after
-
-
-class Exchange:
-    """What the processes of a group tell each other of their stretches, for backends that run one themselves."""
-
-    def __init__(self, group: Group, rank: int, ranks: int):
-        self.group, self.rank, self.ranks = group, rank, ranks
-
-    def before(self, hk: Tensor, hv: Tensor, g: Tensor) -> State | None:
-        """The states before this process's tokens; None on rank 0, where what is given holds already.
-
-        Args:
-            hk, hv: [B, H, M, K], [B, H, M, V], the states after its own tokens alone, on rank 0 after those before
-                them, too; float32.
-            g: its log gates [B, T, H, M].
-        """
-        return self._states(self._all(hk, hv, g)[: self.rank], hk.shape[3])
-
-    def behind(self, dhk: Tensor, dhv: Tensor, g: Tensor) -> State | None:
-        """The gradient of the states after this process's tokens, of all that later processes have of it; None on the
-        last rank.
-
-        Args:
-            dhk, dhv: [B, H, M, K], [B, H, M, V], the gradient of the states before its tokens, of its own results.
-            g: as before.
-        """
-        return self._states(self._all(dhk, dhv, g)[self.rank + 1 :][::-1], dhk.shape[3])
-
-    def _all(self, hk: Tensor, hv: Tensor, g: Tensor) -> list[Tensor]:
-        mine = torch.cat([hk, hv, g.sum(1, dtype=hk.dtype)[..., None]], dim=-1)
-        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        dist.all_gather(parts, mine, group=self.group)
-        return parts
-
-    def _states(self, parts: list[Tensor], K: int) -> State | None:
-        if not parts:
-            return None
-        total = _summed(parts)
-        return total[..., :K].contiguous(), total[..., K:].contiguous()
-
-
-def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """Σ of parts [B, H, M, · + 1] without their last column, D, each times e^D of all that follow it."""
-    total = parts[0][..., :-1]
-    for part in parts[1:]:
-        total = part[..., -1:].exp() * total + part[..., :-1]
-    return total
-
-
-class Pieces:
-    """The packed sequences of one process's tokens.
-
-    boundaries: of its own tokens, on the CPU. continued: whether the first of them began on a rank before, last: where
-    the last of them begins; whole: whether they all belong to one sequence that began before them.
-    """
-
-    def __init__(self, boundaries: Tensor, continued: bool):
-        self.boundaries, self.continued = boundaries, continued
-        self.last = int(boundaries[-2])
-        self.whole = continued and boundaries.numel() == 2
-
-
-def _pieces(cu_seqlens: Tensor, shape: torch.Size, rank: int, ranks: int) -> Pieces:
-    B, T = shape[:2]
-    check_cu_seqlens(cu_seqlens, torch.Size((B, ranks * T, *shape[2:])))
-    starts = cu_seqlens.cpu().long().unique()
-    first, end = rank * T, (rank + 1) * T
-    inside = starts[(starts > first) & (starts < end)] - first
-    boundaries = torch.cat([torch.tensor([0]), inside, torch.tensor([T])])
-    return Pieces(boundaries, continued=bool((starts != first).all()))
-
-
-def _place(group: Group) -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
+    if cu_seqlens is not None and (initial_state is not None or output_final_state):
         raise UsageError(
-            "context parallelism runs in the processes of torch.distributed, and no process group is initialised; "
-            "start the program with torchrun and call torch.distributed.init_process_group first"
+            "packed sequences over several processes have no initial or final states; leave out initial_state "
+            "and output_final_state, or cu_seqlens"
         )
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise UsageError("this process is not part of the group; only its processes may call")
-    return rank, dist.get_world_size(group)
+    return part_of(cu_seqlens, q.shape, rank, ranks)
 
 
-def _packed(operator, x: tuple[Tensor | None, ...], before: State, pieces: Pieces) -> Tensor:
-    if not pieces.continued:
-        return operator(*x, cu_seqlens=pieces.boundaries)[0]
-    # The first piece alone has a state before it, and a state for each of thousands of pieces would be gigabytes.
-    cut = int(pieces.boundaries[1])
-    first, rest = (tuple(None if y is None else y[:, part] for y in x) for part in (slice(cut), slice(cut, None)))
-    o = operator(*first, initial_state=before)[0]
-    if pieces.boundaries.numel() == 2:
-        return o
-    return torch.cat([o, operator(*rest, cu_seqlens=pieces.boundaries[1:] - cut)[0]], dim=1)
+def _exchange(
+    w: Tensor, inputs: Sequence[Tensor], g: Tensor, initial: Tensor | None, part: Part, group: Group
+) -> Tensor:
+    """The state before this process's first token, zeros where that begins a sequence: [B, H, M, width of inputs].
 
-
-def _exchange(k, v, g, s, initial: State | None, pieces: Pieces | None, rank: int, group: Group) -> State:
-    """The states before this process's first token, zeros on rank 0: (hk [B, H, K, M], hv [B, H, M, V])."""
-    dtype = state_dtype(k)
-    g = g.to(dtype)
-    strength = -torch.expm1(g) if s is None else s.to(dtype)
+    Args:
+        w, g: [B, T, H, M] of the tokens of this process's last sequence, g in the dtype of states.
+        inputs: x of the module's equations, each [B, T, H, D].
+        initial: the state before the tokens of rank 0.
+    """
     decay = g.sum(1)
-    weight = strength * _sums_behind(g).exp()
-    if pieces is not None:
-        lasts = torch.arange(g.shape[1], device=g.device) >= pieces.last
-        weight = torch.where(lasts[:, None, None], weight, 0.0)
-        if not pieces.whole:
-            decay = torch.full_like(decay, float("-inf"))
-    # L of both, and D in a column of its own: [B, H, M, K + V + 1].
-    left = torch.cat([_WeightedSum.apply(weight, k), _WeightedSum.apply(weight, v)], dim=-1)
+    weight = w * _sums_behind(g).exp()
+    left = torch.cat([_WeightedSum.apply(weight, x) for x in inputs], dim=-1)
     if initial is not None:
-        left = left + decay.exp()[..., None] * torch.cat([initial[0].transpose(2, 3), initial[1]], dim=-1)
-    all_left = _Gather.apply(torch.cat([left, decay[..., None]], dim=-1), group)
-    # Before rank 0 there is nothing, but its backward takes part in the exchange.
-    state = _summed(all_left[:rank]) if rank > 0 else _Tied.apply(torch.zeros_like(left), all_left)
-    hk, hv = state.split([k.shape[3], v.shape[3]], dim=-1)
-    return hk.transpose(2, 3).contiguous(), hv.contiguous()
+        left = left + decay.exp()[..., None] * initial
+    every = Gather.apply(torch.cat([left, decay[..., None]], dim=-1), group)
+    before = every[part.before]
+    return summed(before) if len(before) else Tied.apply(torch.zeros_like(left), every)
+
+
+def _from(
+    before: Tensor,
+    state: Callable[[Tensor], Any],
+    operator: Callable[..., tuple[Tensor, Any]],
+    x: tuple[Tensor | None, ...],
+    initial_state: Any,
+    output_final_state: bool,
+    part: Part,
+) -> tuple[Tensor, Any]:
+    """The operator over this process's tokens x, from `before`, of which `state` makes what the operator takes."""
+    if part.boundaries is not None:
+        return Tied.apply(_packed(operator, x, state(before), part), before), None
+    initial_state = state(before) if part.rank > 0 else initial_state
+    o, after = operator(*x, initial_state=initial_state, output_final_state=output_final_state)
+    if isinstance(after, Tensor):
+        after = Tied.apply(after, before)
+    elif after is not None:
+        after = tuple(Tied.apply(y, before) for y in after)
+    return Tied.apply(o, before), after
+
+
+def _packed(operator, x: tuple[Tensor | None, ...], before, part: Part) -> Tensor:
+    assert part.boundaries is not None
+    if part.begun == part.rank:
+        return operator(*x, cu_seqlens=part.boundaries)[0]
+    # The first piece alone has a state before it, and a state for each of thousands of pieces would be gigabytes.
+    cut = int(part.boundaries[1])
+    first, rest = (tuple(None if y is None else y[:, some] for y in x) for some in (slice(cut), slice(cut, None)))
+    o = operator(*first, initial_state=before)[0]
+    if part.boundaries.numel() == 2:
+        return o
+    return torch.cat([o, operator(*rest, cu_seqlens=part.boundaries[1:] - cut)[0]], dim=1)
 
 
 def _sums_behind(g: Tensor) -> Tensor:
@@ -287,36 +278,3 @@ def _in_pieces(x: Tensor) -> Tensor:
     B, T, H, D = x.shape
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % PIECE))
     return x.view(B, -1, PIECE, H, D).transpose(2, 3)
-
-
-class _Gather(Function):
-    """x of every process [ranks, ...]; backward, the sum of what all of them want of this one's."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it is not ours to change
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
-
-
-class _Tied(Function):
-    """x, whose backward does not run without that of the others: all processes take part in an exchange, also one that
-    needs nothing from it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.shapes = [(y.shape, y.dtype) for y in others]
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.shapes)

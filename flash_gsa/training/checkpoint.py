@@ -1,14 +1,20 @@
 """Checkpoints: folders that are either complete and proven, or not there.
 
     checkpoints/step-00000500/
-      config.json model.safetensors tokenizer.json …   a Hugging Face folder
-      trainer.safetensors     optimiser moments, random states
-      trainer.json            {"format": 1, "step": 500, …what the trainer needs to go on}
-      manifest.json           {"format": 1, "step": 500, "files": {name: {"sha256": hex, "bytes": n}}}
+      config.json tokenizer.json …   a Hugging Face folder
+      model.safetensors              weights, where processes have whole ones
+      trainer.safetensors            optimiser moments, random states
+      shards/00003-of-00008.safetensors   where they have rows of them: both, each process its rows
+      trainer.json                   {"format": 2, "step": 500, …what the trainer needs to go on}
+      manifest.json                  {"format": 2, "step": 500, "files": {name: {"sha256": hex, "bytes": n}}}
 
 A checkpoint is written into `.writing-step-00000500`, every file is flushed to the disk, the manifest is
 written last, and the folder is renamed. A process killed at any moment leaves the older checkpoints as they
 were, and at most a hidden folder that the next run removes. Nothing is pickled.
+
+Several processes need a folder that all of them see. Each writes its own file and, when it is on the disk, a small
+one with its checksum; the main process waits for those. So the writing goes on beside the training, without any
+communication between the processes.
 """
 
 import errno
@@ -17,35 +23,83 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_gsa.errors import UsageError
+from flash_gsa.training.engine import Piece
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "trainer.json"
 TENSORS = "trainer.safetensors"
+MODEL = "model.safetensors"
+SHARDS = "shards"
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_ROWS = "rows"  # in the header of a shard: {name: [first row, rows in all]}
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """A verified checkpoint: `state` is its trainer.json, `tensors` its trainer.safetensors (on the CPU)."""
+    """A verified checkpoint: `state` is its trainer.json; `read` gives its tensors by name.
+
+    Names are `model/<weight>`, `optimizer/<state>/<weight>`, `random/<device>`.
+    """
 
     folder: Path
     step: int
     state: dict[str, Any]
-    tensors: dict[str, Tensor]
+    _places: dict[str, list[tuple[int, Any, str]]] = field(repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in _tensor_files(self.folder):
+            file: Any = safe_open(path, "pt")
+            rows = json.loads((file.metadata() or {}).get(_ROWS, "{}"))
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                name = f"model/{key}" if path.name == MODEL else key
+                self._places.setdefault(name, []).append((rows.get(key, (0, None))[0], file, key))
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._places)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor, on the CPU, from whatever files they lie in; with None all of it.
+
+        Raises:
+            UsageError: the checkpoint has no such tensor.
+        """
+        if name not in self._places:
+            raise UsageError(f"the checkpoint {self.folder} holds no {name}; it is not one of this model")
+        places = sorted(self._places[name], key=lambda place: place[0])
+        if stop is None and len(places) == 1:
+            return places[0][1].get_tensor(places[0][2])
+        found = []
+        for first, file, key in places:
+            part = file.get_slice(key)
+            last = first + part.get_shape()[0]
+            low, high = max(start, first), last if stop is None else min(stop, last)
+            if low < high:
+                found.append(part[low - first : high - first])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -53,42 +107,52 @@ def save_checkpoint(
     step: int,
     *,
     write_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor],
+    pieces: Mapping[str, Piece],
     state: Mapping[str, Any],
     keep: int,
+    sharded: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Path:
     """Writes `checkpoints/step-{step:08d}`, then deletes all but the `keep` newest checkpoints.
 
+    `begin_checkpoint` comes first, in the main process. Where tensors are `sharded` every process calls this one, else
+    only the main process does.
+
     Args:
-        write_model: writes the Hugging Face folder (model, configuration, tokenizer) into a path.
-        tensors: what goes to trainer.safetensors; any device, any dtype.
+        write_model: writes configuration and tokenizer into a path.
+        pieces: this process's part of the tensors, on the CPU; names as in `Checkpoint`.
         state: what goes to trainer.json, beside `format` and `step`.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; in the main process it is complete.
 
     Raises:
         UsageError: the disk is full or cannot be written; the older checkpoints are untouched.
     """
-    parent = run_dir / CHECKPOINTS
-    final = parent / f"step-{step:08d}"
-    writing = parent / f".writing-{final.name}"
+    final = checkpoint_folder(run_dir, step)
+    parent, writing = final.parent, _writing(final)
     with disk_errors(f"The checkpoint of step {step} could not be written to {parent}", run_dir):
         try:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
+            if sharded:
+                _write_shard(writing, pieces, rank, ranks)
+            if rank > 0:
+                return final
+            if not sharded:
+                _write_whole(writing, pieces)
             write_model(writing)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, writing / TENSORS)
             _write_json(writing / STATE, {"format": FORMAT, "step": step, **state})
-            files = {str(p.relative_to(writing)): p for p in sorted(writing.rglob("*")) if p.is_file()}
-            listed = {name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
-            for path in files.values():
-                _flush(path)
-            _write_json(writing / MANIFEST, {"format": FORMAT, "step": step, "files": listed})
+            listed = _others_shards(writing, ranks) if sharded else {}
+            for path in sorted(writing.rglob("*")):
+                name = path.relative_to(writing).as_posix()
+                if path.is_file() and name not in listed:
+                    listed[name] = _listed(path)
+            _write_json(writing / MANIFEST, {"format": FORMAT, "step": step, "files": dict(sorted(listed.items()))})
             _flush(writing / MANIFEST)
             _flush(writing)
         except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
+            if rank == 0:
+                shutil.rmtree(writing, ignore_errors=True)
             raise
         if final.exists():
             _remove(final)
@@ -99,8 +163,60 @@ def save_checkpoint(
     return final
 
 
+def begin_checkpoint(run_dir: Path, step: int) -> None:
+    """Makes the empty folder that `save_checkpoint` of every process then writes into.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    writing = _writing(checkpoint_folder(run_dir, step))
+    with disk_errors(f"The checkpoint of step {step} could not be begun", run_dir):
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+
+
+class BackgroundWriter:
+    """Calls functions one after the other in a thread; what one raises is raised here, at the next call or `wait`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._result: Any = None
+
+    def start(self, function: Callable[[], Any]) -> None:
+        """Waits for the one before, then lets `function` begin."""
+        assert self._thread is None, "wait for the one before first"
+
+        def work() -> None:
+            try:
+                self._result = function()
+            except BaseException as error:
+                self._error = error
+
+        # A daemon: a process that ends early does not wait for it, and leaves a hidden folder behind.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> Any:
+        """What the function returned, once; None while it works, or if there is none."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait()
+
+    def wait(self) -> Any:
+        """What the function returned, when it is done; None if there is none."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._result
+
+
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, verified and read; None if the run has not written one.
+    """The newest checkpoint of a run, verified; None if the run has not written one.
 
     Raises:
         UsageError: the newest one is damaged. It is not passed over silently, because going on from an
@@ -117,8 +233,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         UsageError: a file is missing, cut short, changed, or of a format this version does not know.
     """
     verify_checkpoint(folder)
+    return open_checkpoint(folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that has been verified before, by another process."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder, state["step"], state, load_file(folder / TENSORS))
+    return Checkpoint(folder, state["step"], state)
 
 
 def verify_checkpoint(folder: Path, *, model_only: bool = False) -> None:
@@ -245,6 +366,50 @@ def _damaged(folder: Path, how: str) -> UsageError:
     else:
         cure = "There is no other checkpoint beside it: restore it from a copy, or start the run again."
     return UsageError(f"The checkpoint {folder} is damaged: {how}. {cure}")
+
+
+def _writing(final: Path) -> Path:
+    return final.with_name(f".writing-{final.name}")
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    whole = [folder / name for name in (MODEL, TENSORS) if (folder / name).is_file()]
+    return whole + sorted((folder / SHARDS).glob("*.safetensors"))
+
+
+def _write_whole(writing: Path, pieces: Mapping[str, Piece]) -> None:
+    model = {name.removeprefix("model/"): p.tensor for name, p in pieces.items() if name.startswith("model/")}
+    rest = {name: p.tensor for name, p in pieces.items() if not name.startswith("model/")}
+    save_file(model, writing / MODEL, metadata={"format": "pt"})  # which transformers asks for
+    save_file(rest, writing / TENSORS)
+
+
+def _write_shard(writing: Path, pieces: Mapping[str, Piece], rank: int, ranks: int) -> None:
+    path = writing / SHARDS / f"{rank:05d}-of-{ranks:05d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    rows = {name: [p.start, p.rows] for name, p in pieces.items()}
+    save_file({name: p.tensor for name, p in pieces.items()}, path, metadata={_ROWS: json.dumps(rows)})
+    aside = path.with_suffix(".unfinished")
+    _write_json(aside, _listed(path))
+    aside.replace(path.with_suffix(".json"))
+
+
+def _others_shards(writing: Path, ranks: int) -> dict[str, dict[str, Any]]:
+    """Waits until every process has written its shard; their sizes and checksums."""
+    found = {}
+    for rank in range(ranks):
+        path = writing / SHARDS / f"{rank:05d}-of-{ranks:05d}.json"
+        while not path.exists():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        found[f"{SHARDS}/{path.stem}.safetensors"] = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return found
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is on the disk then."""
+    _flush(path)
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

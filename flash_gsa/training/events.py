@@ -42,6 +42,13 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Spiked:
+    """The loss rose far above the steps before (see `spikes`); `record` is the line of metrics.jsonl."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint is complete."""
 
@@ -56,5 +63,5 @@ class Ended:
     signal: str | None
 
 
-Event = Preparing | Started | Stepped | Evaluated | Saved | Ended
+Event = Preparing | Started | Stepped | Evaluated | Spiked | Saved | Ended
 Listener = Callable[[Event], None]

@@ -1,14 +1,13 @@
 """The held-out score during training: on a fixed part of the held-out data, the same at every evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
 
-from flash_gsa.data import Batch, TokenStore, iter_whole_documents
-from flash_gsa.evaluation.bits_per_byte import evaluate_documents
-from flash_gsa.evaluation.mqar import mqar_accuracy
+from flash_gsa.data import Batch, DocumentBatch, TokenStore, iter_whole_documents
+from flash_gsa.evaluation.bits_per_byte import NOTHING, evaluate_documents
+from flash_gsa.evaluation.mqar import count_right
 from flash_gsa.training.engine import Engine
 
 _TOKENS_A_PASS = 16_384
@@ -17,8 +16,8 @@ _TOKENS_A_PASS = 16_384
 class HeldOut(Protocol):
     """Scores a model; the result becomes part of an `eval` line of metrics.jsonl."""
 
-    def score(self, model: nn.Module, engine: Engine) -> dict[str, Any]:
-        """Figures by name."""
+    def score(self, engine: Engine) -> dict[str, Any]:
+        """Figures by name, of the engine's model; every process calls it and gets the same."""
 
     def sample(self, tokens: int) -> list[int]:
         """At most so many tokens of it, the same at every call."""
@@ -35,15 +34,25 @@ class HeldOutText:
         self.store = store
         self.documents = documents if max_bytes is None else _that_fit(store, documents, max_bytes)
 
-    def score(self, model: nn.Module, engine: Engine) -> dict[str, Any]:
+    def score(self, engine: Engine) -> dict[str, Any]:
         """`{"loss": nats a token, "bits_per_byte": …, "by_source": {source: bits per byte}}`."""
-        batches = iter_whole_documents(self.store, self.documents, _TOKENS_A_PASS)
-        result = evaluate_documents(model, batches, autocast=engine.autocast)
+        own = self.documents[engine.rank :: engine.ranks]
+        passes = sum(1 for _ in self._batches(own))
+        # Where weights are in shards, a pass needs every process; those with fewer repeat one, and do not count it.
+        missing = max(engine.gather(passes)) - passes
+        again = self.documents[[self.store.lengths(self.documents).argmin()]]
+        found = engine.score(evaluate_documents, self._batches(own)) if passes else NOTHING
+        for _ in range(missing):
+            engine.score(evaluate_documents, self._batches(again))
+        result = sum(engine.gather(found), NOTHING)
         return {
             "loss": result.total.nats / result.total.tokens,
             "bits_per_byte": result.total.bits_per_byte,
             "by_source": {name: score.bits_per_byte for name, score in sorted(result.by_source.items())},
         }
+
+    def _batches(self, documents: np.ndarray) -> Iterator[DocumentBatch]:
+        return iter_whole_documents(self.store, documents, _TOKENS_A_PASS)
 
     def sample(self, tokens: int) -> list[int]:
         """The beginning of the longest document."""
@@ -57,9 +66,15 @@ class HeldOutMQAR:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
 
-    def score(self, model: nn.Module, engine: Engine) -> dict[str, Any]:
+    def score(self, engine: Engine) -> dict[str, Any]:
         """`{"accuracy": 0 … 1}`."""
-        return {"accuracy": mqar_accuracy(model, self._batches, autocast=engine.autocast)}
+        passes = -(-len(self._batches) // engine.ranks)
+        own = self._batches[engine.rank :: engine.ranks]
+        right, scored = engine.score(count_right, own) if own else (0, 0)
+        for _ in range(passes - len(own)):  # see HeldOutText
+            engine.score(count_right, self._batches[:1])
+        every = engine.gather((right, scored))
+        return {"accuracy": sum(r for r, _ in every) / sum(n for _, n in every)}
 
     def sample(self, tokens: int) -> list[int]:
         """The beginning of the first row."""
@@ -69,8 +84,9 @@ class HeldOutMQAR:
 def _that_fit(store: TokenStore, documents: np.ndarray, max_bytes: int) -> np.ndarray:
     left = max_bytes
     chosen = []
-    for document in documents:
-        if store.num_bytes[document] <= left:
+    sizes = store.sizes(documents)
+    for document, size in zip(documents.tolist(), sizes.tolist(), strict=True):
+        if size <= left:
             chosen.append(document)
-            left -= int(store.num_bytes[document])
-    return np.array(chosen) if chosen else documents[[store.num_bytes[documents].argmin()]]
+            left -= size
+    return np.array(chosen) if chosen else documents[[sizes.argmin()]]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,6 +14,7 @@ from flash_gsa.data import (
     Document,
     MQARBatches,
     PackedBatches,
+    Part,
     TokenStore,
     iter_documents,
     load_tokenizer,
@@ -20,7 +22,7 @@ from flash_gsa.data import (
     split_documents,
 )
 from flash_gsa.training.held_out import HeldOut, HeldOutMQAR, HeldOutText
-from flash_gsa.training.recipe import MQARData, Recipe, TextData
+from flash_gsa.training.recipe import MQARData, Recipe, TextData, WeightedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,9 +31,15 @@ Progress = Callable[[int, int], None]
 
 
 class Batches(Protocol):
-    """An endless stream of batches with a position that can be saved."""
+    """An endless stream of batches with a position that can be saved.
+
+    `position` counts the batches drawn; batch i has the same rows on every process.
+    """
+
+    position: int
 
     def __next__(self) -> Batch: ...
+    def batch(self, index: int, rows: slice = ...) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -65,10 +73,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TextParts:
-    """The documents a text recipe trains on and holds out, as indices into token stores."""
+    """What a text recipe trains on, one part a source of `TextData.weighted_sources`, and what it holds out.
 
-    store: TokenStore
-    train: np.ndarray
+    `held_out` are indices into `held_out_store`.
+    """
+
+    train: list[Part]
     held_out_store: TokenStore
     held_out: np.ndarray
 
@@ -90,16 +100,13 @@ def prepare_inputs(recipe: Recipe, *, saved_tokenizer: Path | None = None, progr
     else:
         tokenizer = recipe_tokenizer(recipe)
     parts = text_parts(recipe, tokenizer, progress=progress)
-    batches = PackedBatches(
-        parts.store, parts.train, length=recipe.batch.length, rows=recipe.batch.rows, seed=recipe.seed
-    )
-    scored = int((parts.store.lengths(parts.train) - 1).sum())
+    batches = PackedBatches(parts.train, length=recipe.batch.length, rows=recipe.batch.rows, seed=recipe.seed)
     return Inputs(
         batches,
         HeldOutText(parts.held_out_store, parts.held_out, recipe.evaluation.max_bytes),
         len(tokenizer),
         tokenizer,
-        float(parts.store.num_bytes[parts.train].sum() / scored),
+        _bytes_per_token(parts.train),
     )
 
 
@@ -125,38 +132,48 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
     """
     data = recipe.data
     assert isinstance(data, TextData)
-    store = _store(data.source, data, tokenizer, data.max_bytes, progress)
+    stores, train, held_out = [], [], []
+    first = 0
+    for entry, share in _shares(data):
+        store = _store(entry.source, data, tokenizer, _limit(data.max_bytes, share), progress)
+        if entry.name is not None:
+            store = store.labelled(entry.name)
+        sizes: dict[str, int | float] = {}
+        if data.held_out is not None:
+            sizes["held_out"] = data.held_out if data.held_out < 1 else _part_of(int(data.held_out), share)
+        used = _limit(data.train_bytes, share)
+        division = split_documents(store, sizes) if sizes else {}
+        documents = division.get("train")  # None: all
+        available = store.num_bytes if documents is None else int(store.sizes(documents).sum())
+        if used is not None and used < available:
+            documents = split_documents(store, {**sizes, "used": used})["used"]
+        train.append(Part(store, documents, entry.weight))
+        stores.append(store)
+        held_out.append(first + division.get("held_out", np.array([], np.int64)))
+        first += store.num_documents
     if data.valid_source is not None:
         held_out_store = _store(data.valid_source, data, tokenizer, None, progress)
-        held_out = np.arange(held_out_store.num_documents)
-        train = np.arange(store.num_documents)
-    else:
-        assert data.held_out is not None
-        held_out_store = store
-        division = split_documents(store, {"held_out": data.held_out})
-        train, held_out = division["train"], division["held_out"]
-    if data.train_bytes is not None and data.train_bytes < int(store.num_bytes[train].sum()):
-        first = {} if data.held_out is None else {"held_out": data.held_out}
-        train = split_documents(store, {**first, "used": data.train_bytes})["used"]
-    return TextParts(store, train, held_out_store, held_out)
+        return TextParts(train, held_out_store, np.arange(held_out_store.num_documents))
+    return TextParts(train, TokenStore.joined(stores), np.concatenate(held_out))
 
 
 def part_documents(recipe: Recipe, parts: TextParts, part: Literal["train", "held_out"]) -> Iterator[Document]:
-    """The documents themselves of one part, in the order of their indices."""
+    """The documents themselves of one part, source by source, in the order of their indices."""
     data = recipe.data
     assert isinstance(data, TextData)
     if part == "held_out" and data.valid_source is not None:
-        source: str | list[str] = data.valid_source
-    else:
-        source = data.source
-    wanted = set(getattr(parts, part).tolist())
-    documents = iter_documents(source, text_field=data.text_field, source_field=data.source_field)
-    for index, document in enumerate(documents):
-        if index in wanted:
-            yield document
-            wanted.remove(index)
-        if not wanted:
-            return
+        yield from _chosen(data, data.valid_source, parts.held_out, len(parts.held_out))
+        return
+    first = 0
+    for (entry, _), trained in zip(_shares(data), parts.train, strict=True):
+        end = first + trained.store.num_documents
+        if part == "train":
+            wanted = trained.documents
+        else:
+            wanted = parts.held_out[(parts.held_out >= first) & (parts.held_out < end)] - first
+        for document in _chosen(data, entry.source, wanted, trained.store.num_documents):
+            yield document if entry.name is None else document._replace(source=entry.name)
+        first = end
 
 
 def cache_folder(data: TextData) -> Path:
@@ -165,6 +182,49 @@ def cache_folder(data: TextData) -> Path:
         return Path(data.cache_dir)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "flash-gsa" / "tokens"
+
+
+def _shares(data: TextData) -> list[tuple[WeightedSource, Fraction]]:
+    """Every source with its part of the rows."""
+    total = sum(Fraction(entry.weight) for entry in data.weighted_sources)
+    return [(entry, Fraction(entry.weight) / total) for entry in data.weighted_sources]
+
+
+def _limit(size: int | None, share: Fraction) -> int | None:
+    return None if size is None else _part_of(size, share)
+
+
+def _part_of(size: int, share: Fraction) -> int:
+    return max(1, round(size * share))
+
+
+def _chosen(data: TextData, source: str | list[str], documents: np.ndarray | None, count: int) -> Iterator[Document]:
+    """The documents with these indices (ascending; None: the first `count`)."""
+    wanted = iter(range(count) if documents is None else documents.tolist())
+    following = next(wanted, None)
+    found = iter_documents(source, text_field=data.text_field, source_field=data.source_field)
+    for index, document in enumerate(found):
+        if following is None:
+            return
+        if index == following:
+            yield document
+            following = next(wanted, None)
+
+
+def _bytes_per_token(train: list[Part]) -> float:
+    """UTF-8 bytes a scored token, over rows that hold the parts by weight. Of a document all tokens but the last are
+    scored."""
+    size = scored = 0.0
+    for part in train:
+        store, documents = part.store, part.documents
+        if documents is None:
+            tokens, texts, num_bytes = store.num_tokens, store.num_documents, store.num_bytes
+        else:
+            tokens, texts = int(store.lengths(documents).sum()), len(documents)
+            num_bytes = int(store.sizes(documents).sum())
+        size += part.weight * num_bytes / tokens
+        scored += part.weight * (tokens - texts) / tokens
+    return size / scored
 
 
 def _store(
@@ -181,6 +241,7 @@ def _store(
         text_field=data.text_field,
         source_field=data.source_field,
         max_bytes=max_bytes,
+        verify=data.verify,
         progress=progress,
     )
 

@@ -1,10 +1,13 @@
 """AdamW with decoupled weight decay, and its learning rate as a function of the step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flash_gsa.training.recipe import OptimizerSection
 
@@ -66,18 +69,35 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, torch.Tensor]
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, read: Callable[[str, int, int | None], torch.Tensor]
 ) -> None:
-    """Puts back what `optimizer_tensors` gave; names of other kinds in `tensors` are left alone."""
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, key, parameter = name.split("/", 2)
-            states.setdefault(parameter, {})[key] = value
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(
-        {"state": {i: states[name] for i, name in enumerate(order) if name in states}, "param_groups": groups}
-    )
+    """Puts back what `optimizer_tensors` gave, on the parameters' devices and in their dtypes.
+
+    Args:
+        read: `read(name, start, stop)` gives those rows of a saved tensor, on the CPU.
+    """
+    for name, p in model.named_parameters():
+        state = {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.empty_like(p, requires_grad=False)
+            copy_rows(state[key], partial(read, f"optimizer/{key}/{name}"))
+        state["step"] = read(f"optimizer/step/{name}", 0, None).to(p.device)
+        optimizer.state[p] = state
+
+
+def copy_rows(target: torch.Tensor, read: Callable[[int, int | None], torch.Tensor]) -> None:
+    """Fills a tensor, or this process's rows of one that is sharded, from `read(start, stop)`."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            start, count = own_rows(target)
+            if count:
+                target.to_local().copy_(read(start, start + count))
+        else:
+            target.copy_(read(0, None))
+
+
+def own_rows(tensor: DTensor) -> tuple[int, int]:
+    """First row and number of rows of a sharded tensor that this process holds."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], shape[0]

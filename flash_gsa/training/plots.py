@@ -1,5 +1,9 @@
-"""The loss curve of a run, from its metrics.jsonl."""
+"""The pictures of a run, from its metrics.jsonl: loss.png, and those of its report."""
 
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +15,34 @@ from flash_gsa.training.metrics import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TRAIN, _HELD_OUT = "tab:blue", "tab:orange"
+Records = list[dict[str, Any]]
+
+_TRAIN, _HELD_OUT, _SPIKE, _RESUME = "tab:blue", "tab:orange", "tab:red", "0.3"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_LAYERS_NAMED = 6
+_SMALL = (6, 2.9)
+_LEAST_OF_HALF = 50
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with what stands above and below it."""
+
+    title: str
+    says: str
+    png: bytes
 
 
 def plot_loss(metrics: Path, picture: Path | None = None) -> Path:
     """Draws the training loss and the held-out score over the steps.
 
     The held-out loss of text shares the axis of the training loss, with bits per byte on the right; the accuracy
-    of a recall task has the right axis to itself.
+    of a recall task has the right axis to itself. Loss spikes are marked.
 
     Args:
         metrics: a metrics.jsonl, or a run folder.
@@ -28,40 +52,132 @@ def plot_loss(metrics: Path, picture: Path | None = None) -> Path:
         The path of the picture.
 
     Raises:
-        UsageError: there is no such file, or nothing has been logged yet.
+        UsageError: there is no such file, it is damaged, or nothing has been logged yet.
     """
-    from matplotlib.figure import Figure
-
     if metrics.is_dir():
         metrics = metrics / METRICS_FILE
-    if not metrics.is_file():
-        raise UsageError(f"{metrics} does not exist: expected the metrics.jsonl of a run, or a run folder")
-    records = read_metrics(metrics)
-    train = [r for r in records if r["kind"] == "train"]
-    held_out = [r for r in records if r["kind"] == "eval"]
-    if not train:
-        raise UsageError(f"{metrics} holds no training step yet, so there is nothing to draw")
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    last = train[-1]
-    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-    axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(losses), color=_TRAIN, linewidth=1.5, label="training loss (moving average)")
-    axes.set_xlabel(f"step ({last['tokens'] / last['step']:,.0f} tokens each)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{metrics.parent.name}: {last['tokens'] / 1e6:,.2f} M tokens in {_duration(last['seconds'])}")
-    axes.grid(alpha=0.3)
-    if held_out:
-        draw = _held_out_loss if "loss" in held_out[-1] else _held_out_accuracy
-        draw(axes, held_out)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    records = run_records(metrics)
+    last = of_kind(records, "train")[-1]
+    title = f"{metrics.parent.name}: {last['tokens'] / 1e6:,.2f} M tokens in {duration(last['seconds'])}"
     picture = picture or metrics.with_name("loss.png")
-    figure.savefig(picture, dpi=150)
+    picture.write_bytes(_loss(records, size=(8, 4.5), title=title, dpi=150))
     return picture
 
 
-def _held_out_loss(axes: "Axes", held_out: list[dict[str, Any]]) -> None:
+def run_records(metrics: Path) -> Records:
+    """The records of a metrics.jsonl with at least one training step.
+
+    Raises:
+        UsageError: there is no such file, it is damaged, or nothing has been logged yet.
+    """
+    if not metrics.is_file():
+        raise UsageError(f"{metrics} does not exist: expected the metrics.jsonl of a run, or a run folder")
+    records = read_metrics(metrics)
+    if not of_kind(records, "train"):
+        raise UsageError(f"{metrics} holds no training step yet, so there is nothing to draw")
+    return records
+
+
+def of_kind(records: Records, kind: str) -> Records:
+    """The records of one kind."""
+    return [r for r in records if r["kind"] == kind]
+
+
+def report_pictures(records: Records, resumes: Sequence[int] = ()) -> list[Picture]:
+    """What a report shows of a run: the pictures for which its records have figures.
+
+    Args:
+        records: of metrics.jsonl, at least one of a training step.
+        resumes: steps after which the run was resumed, marked in the picture of the loss.
+    """
+    train, held_out = of_kind(records, "train"), of_kind(records, "eval")
+    steps = [r["step"] for r in train]
+    found = [
+        Picture(
+            "Loss",
+            "Each step, its moving average, and held-out data.",
+            _loss(records, size=(12, 4.2), resumes=resumes),
+        )
+    ]
+    half = [r for r in records if r["step"] > train[-1]["step"] / 2]
+    if len(of_kind(half, "train")) >= _LEAST_OF_HALF:
+        late = [step for step in resumes if step > half[0]["step"]]
+        found.append(
+            Picture("Loss, second half", "The same, nearer.", _loss(half, size=_SMALL, resumes=late, legend=False))
+        )
+
+    def curve(title: str, says: str, unit: str, values: list[float | None], *, large_range: bool = False) -> None:
+        points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
+        if points:
+            found.append(Picture(title, says, _curve(points, unit, large_range=large_range)))
+
+    def by_layer(title: str, says: str, name: str) -> None:
+        looked = [r for r in held_out if r.get(name)]
+        if looked:
+            found.append(Picture(title, says, _by_layer(looked, name)))
+
+    def scaled(name: str, factor: float) -> list[float | None]:
+        return [factor * r[name] if name in r else None for r in train]
+
+    curve("Learning rate", "Of each step.", "learning rate", scaled("lr", 1))
+    curve("Gradient norm", "Before clipping.", "L2 norm", scaled("grad_norm", 1), large_range=True)
+    says = "Tokens a second of each step, all devices together."
+    curve("Throughput", says, "tokens/s", scaled("tokens_per_second", 1))
+    if any("mfu" in r for r in train):
+        says = "The model's FLOPs, as a share of what the devices can do at best."
+        curve("MFU", says, "% of peak", scaled("mfu", 100))
+    else:
+        large = max(r.get("flops_per_second", 0) for r in train) >= 1e12
+        unit, factor = ("TFLOP/s", 1e-12) if large else ("GFLOP/s", 1e-9)
+        curve("Model FLOP/s", "The model's FLOPs a second.", unit, scaled("flops_per_second", factor))
+    curve("Waiting for data", "Share of a step's time.", "% of the time", [_waiting(r) for r in train])
+    curve("Memory", "The largest so far, of the first process.", "GiB", scaled("memory_bytes", 2**-30))
+    by_layer("Forgetting", "Mean of 1 − α: the share of a slot that a token lets go.", "forgetting")
+    by_layer("Slot entropy", "1 where all slots are read alike, 0 where one is read alone.", "slot_entropy")
+    by_layer("Dead slots", "Share that is hardly ever read.", "dead_slots")
+    return found
+
+
+def _waiting(record: dict[str, Any]) -> float | None:
+    """The share of a step's time, in percent, that went by waiting for its batch."""
+    if "data_seconds" not in record:
+        return None
+    tokens = record["tokens"] / record["step"]
+    return 100 * record["data_seconds"] * record["tokens_per_second"] / tokens
+
+
+def _loss(
+    records: Records,
+    *,
+    size: tuple[float, float],
+    title: str | None = None,
+    resumes: Sequence[int] = (),
+    legend: bool = True,
+    dpi: int = 120,
+) -> bytes:
+    train, held_out = of_kind(records, "train"), of_kind(records, "eval")
+    with _drawing(size, dpi) as (figure, axes, png):
+        last = train[-1]
+        steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
+        for i, step in enumerate(resumes):
+            axes.axvline(step, color=_RESUME, linewidth=1.0, linestyle=":", label=None if i else "resumed")
+        _faint_and_smooth(axes, steps, losses, "training loss (moving average)")
+        if spikes := of_kind(records, "spike"):
+            where = [r["step"] for r in spikes], [r["loss"] for r in spikes]
+            axes.plot(*where, color=_SPIKE, marker="v", markersize=5, linestyle="none", label="loss spike")
+        axes.set_xlabel(f"step ({last['tokens'] / last['step']:,.0f} tokens each)")
+        axes.set_ylabel("loss (nats per token)")
+        if title:
+            axes.set_title(title)
+        if held_out:
+            draw = _held_out_loss if "loss" in held_out[-1] else _held_out_accuracy
+            draw(axes, held_out)
+        if legend:
+            figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return png.getvalue()
+
+
+def _held_out_loss(axes: "Axes", held_out: Records) -> None:
     last = held_out[-1]
     _points(axes, held_out, "loss", f"held-out loss (at the end {last['bits_per_byte']:.3f} bits per byte)")
     # Nats a token and bits a byte of one text differ by a constant factor.
@@ -70,16 +186,90 @@ def _held_out_loss(axes: "Axes", held_out: list[dict[str, Any]]) -> None:
     right.set_ylabel("bits per byte of held-out text")
 
 
-def _held_out_accuracy(axes: "Axes", held_out: list[dict[str, Any]]) -> None:
+def _held_out_accuracy(axes: "Axes", held_out: Records) -> None:
     right = axes.twinx()
     right.set_ylim(-0.02, 1.02)
     right.set_ylabel("accuracy on held-out queries")
     _points(right, held_out, "accuracy", f"held-out accuracy (at the end {held_out[-1]['accuracy']:.3f})")
 
 
-def _points(axes: "Axes", records: list[dict[str, Any]], name: str, label: str) -> None:
+def _points(axes: "Axes", records: Records, name: str, label: str) -> None:
     steps, values = [r["step"] for r in records], [r[name] for r in records]
     axes.plot(steps, values, color=_HELD_OUT, marker="o", markersize=3, linewidth=1.5, label=label)
+
+
+def _curve(points: list[tuple[int, float]], unit: str, *, large_range: bool) -> bytes:
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    with _drawing(_SMALL, place=(0.14, 0.15, 0.83, 0.77)) as (_, axes, png):
+        _faint_and_smooth(axes, steps, values)
+        low, high = min(values), max(values)
+        if large_range and low > 0 and high > 20 * low:
+            axes.set_yscale("log")
+        elif high - low < 0.05 * abs(high):  # an even curve should look even
+            axes.set_ylim(min(0, low), 1.15 * high)
+        if axes.get_yscale() == "linear":
+            _plain_numbers(axes.yaxis)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("step")
+    return png.getvalue()
+
+
+def _by_layer(records: Records, name: str) -> bytes:
+    from matplotlib import colormaps
+
+    layers = sorted(records[-1][name], key=int)
+    steps = [r["step"] for r in records]
+    named = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_NAMED))}
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    with _drawing(_SMALL, place=(0.14, 0.15, 0.68, 0.77)) as (_, axes, png):
+        for layer, colour in zip(layers, colours, strict=True):
+            values = [r[name].get(layer, np.nan) for r in records]
+            label = f"layer {layer}" if layer in named else None
+            axes.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=2.5, label=label)
+        high = max(max(r[name].values()) for r in records)
+        axes.set_ylim(-0.02 * (high or 1), 1.05 * (high or 1))
+        axes.set_xlabel("step")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return png.getvalue()
+
+
+@contextmanager
+def _drawing(
+    size: tuple[float, float], dpi: int = 120, place: tuple[float, float, float, float] | None = None
+) -> Iterator[tuple[Any, "Axes", io.BytesIO]]:
+    """A figure with one pair of axes, and where its PNG is once the block ends.
+
+    Finding the place of the axes takes half of the time; `place` gives it: left, bottom, width, height.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    png = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout=None if place else "constrained", dpi=dpi)
+        axes = figure.add_axes(place) if place else figure.add_subplot()
+        _plain_numbers(axes.xaxis)
+        axes.grid(alpha=0.3)
+        yield figure, axes, png
+        figure.savefig(png, format="png")
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Thousands with commas; a common factor at the end of the axis only where numbers are below a hundredth."""
+    from matplotlib.ticker import ScalarFormatter, StrMethodFormatter
+
+    if max(abs(end) for end in axis.get_view_interval()) < 0.01:
+        small = ScalarFormatter(useMathText=True)
+        small.set_powerlimits((-2, 3))
+        axis.set_major_formatter(small)
+    else:
+        axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+
+
+def _faint_and_smooth(axes: "Axes", steps: list[int], values: list[float], label: str | None = None) -> None:
+    alone = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(values), color=_TRAIN, linewidth=1.5, marker=alone, label=label)
 
 
 def _smooth(values: list[float]) -> np.ndarray:
@@ -91,6 +281,13 @@ def _smooth(values: list[float]) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """ "3 d 04 h", "2 h 05 min", "4 min 07 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

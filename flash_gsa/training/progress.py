@@ -1,5 +1,6 @@
-"""Progress for people: a live bar in a terminal, plain lines elsewhere."""
+"""Progress for people: a live bar in a terminal, plain lines elsewhere, from one of a run's processes."""
 
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.status import Status
 
-from flash_gsa.training.events import Ended, Evaluated, Event, Preparing, Saved, Started, Stepped
+from flash_gsa.training.events import Ended, Evaluated, Event, Preparing, Saved, Spiked, Started, Stepped
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -17,12 +18,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 class ProgressDisplay:
     """A listener for `train(on_event=…)`; use it as a context manager, which leaves the terminal in order.
 
-    In a terminal: a bar with step, loss, tokens/s and time left. Where output is a file or a pipe: one line
-    at most every ten seconds.
+    In a terminal: a bar with step, loss, tokens/s and time left. Where output is a file or a pipe: plain lines, of
+    steps at most one every ten seconds; scores, checkpoints and loss spikes always. Of several processes
+    (torchrun and accelerate number them by RANK) the first shows, the others are silent.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        first = os.environ.get("RANK", "0") == "0"
+        self.console = (console or Console()) if first else Console(quiet=True)
+        # FORCE_COLOR, which build machines like to set, makes a pipe a terminal to rich; a bar needs a real one.
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.file.isatty()
+        self._live = terminal and first
         self._status: Status | None = None
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -46,6 +52,9 @@ class ProgressDisplay:
                 self._step(event)
             case Evaluated(record):
                 self._say(f"step {record['step']:>6}  held out: {_score(record)}")
+            case Spiked(record):
+                expected = f"{record['expected']:.3f} expected, batch {record['batch']}"
+                self._say(f"step {record['step']:>6}  loss spike: {record['loss']:.3f}, {expected}; training goes on")
             case Saved(folder):
                 self._say(f"checkpoint {folder}")
             case Ended(step, signal):
@@ -54,7 +63,7 @@ class ProgressDisplay:
                     self._say(f"Stopped by {signal} after step {step}. The same command goes on from there.")
 
     def _prepare(self, what: str) -> None:
-        if self.console.is_terminal:
+        if self._live:
             if self._status is None:
                 self._status = self.console.status(what)
                 self._status.start()
@@ -69,7 +78,7 @@ class ProgressDisplay:
             f"{event.parameters / 1e6:.2f} M parameters, {event.tokens_per_step:,} tokens a step, on "
             f"{event.engine}{goes_on}; everything goes to {event.run_dir}"
         )
-        if self.console.is_terminal:
+        if self._live:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),

@@ -4,9 +4,12 @@ Types and limits of single values are stated here, and so is what contradicts wh
 overrides and readable messages: `recipe_file.py`.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from flash_gsa.errors import UsageError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -18,12 +21,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class WeightedSource(Section):
+    """One of several sources of training text, and its part of the rows."""
+
+    source: str | list[str] = Field(description="stdlib, hf:ORG/NAME, a file, folder or pattern, or a list of these")
+    weight: float = Field(gt=0, description="its part of the rows; only the proportions of the weights count")
+    name: str | None = Field(None, description="label of all its documents; null: the labels that they have")
+
+
+def _how_sources_are_given(value: Any) -> str:
+    entries = value if isinstance(value, list) else []
+    return "weighted" if any(isinstance(entry, dict | WeightedSource) for entry in entries) else "plain"
+
+
 class TextData(Section):
-    """Documents, tokenised and packed into rows of `batch.length` tokens."""
+    """Documents, tokenised and packed into rows of `batch.length` tokens.
+
+    Where `source` is a list of weighted sources, a number of bytes (`held_out`, `train_bytes`, `max_bytes`) is divided
+    between them by weight, and a share of bytes (`held_out` below 1) is taken of each.
+    """
 
     kind: Literal["text"]
-    source: str | list[str] = Field(
-        description="training text: stdlib, hf:ORG/NAME, a file, folder or pattern, or a list of these"
+    source: Annotated[
+        Annotated[str | list[str], Tag("plain")] | Annotated[list[WeightedSource], Tag("weighted")],
+        Discriminator(_how_sources_are_given),
+    ] = Field(
+        description="training text: stdlib, hf:ORG/NAME, a file, folder or pattern, or a list of these, read one after "
+        "the other; or a list of {source, weight}, mixed"
     )
     valid_source: str | list[str] | None = Field(
         None, description="held-out text: like data.source; or null, and data.held_out says how much"
@@ -42,6 +66,18 @@ class TextData(Section):
         None, description="field that labels a record's part of the corpus; null: `source`, or the file's name"
     )
     cache_dir: str | None = Field(None, description="where tokens are cached; null: the user's cache folder")
+    verify: bool = Field(
+        False, description="compare the checksums of all cached tokens before the run, which reads them once"
+    )
+
+    @property
+    def weighted_sources(self) -> list[WeightedSource]:
+        """The sources to be mixed; one where `source` is plain."""
+        if isinstance(self.source, str):
+            return [WeightedSource(source=self.source, weight=1.0, name=None)]
+        plain = [source for source in self.source if isinstance(source, str)]
+        weighted = [source for source in self.source if isinstance(source, WeightedSource)]
+        return weighted or [WeightedSource(source=plain, weight=1.0, name=None)]
 
     @model_validator(mode="after")
     def _one_held_out(self) -> "TextData":
@@ -91,6 +127,7 @@ class ScheduleSection(Section):
     tokens: Positive | None = Field(None, description="tokens in all; rounded up to whole steps")
     minutes: float | None = Field(None, gt=0, description="time in all, without preparing the data")
     warmup_steps: Count | None = None
+    warmup_tokens: Count | None = Field(None, description="tokens to warm up over; rounded up to whole steps")
     warmup_fraction: float | None = Field(None, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -101,8 +138,11 @@ class ScheduleSection(Section):
         if len(lengths) > 1:
             drop = " or ".join(f"schedule.{name}=null" for name in lengths)
             raise ValueError(f"schedule gives {' and '.join(lengths)}; keep one of them: add {drop}")
-        if (self.warmup_steps is None) == (self.warmup_fraction is None):
-            raise ValueError("give one of schedule.warmup_steps and schedule.warmup_fraction (set the other to null)")
+        warmups = ("warmup_steps", "warmup_tokens", "warmup_fraction")
+        if sum(getattr(self, name) is not None for name in warmups) != 1:
+            raise ValueError(
+                f"give one of {', '.join(f'schedule.{name}' for name in warmups)} (set the others to null)"
+            )
         if self.minutes is not None and self.warmup_fraction is not None:
             raise ValueError(
                 "schedule.warmup_fraction needs a known number of steps, and schedule.minutes leaves it "
@@ -112,16 +152,99 @@ class ScheduleSection(Section):
 
 
 class BatchSection(Section):
-    """One optimiser step sees `rows · length · accumulation` tokens."""
+    """One optimiser step sees `rows · length` tokens, on however many processes."""
 
-    rows: Positive
-    length: Positive
-    accumulation: Positive = 1
+    rows: Positive = Field(description="rows of one optimiser step, of all processes together")
+    length: Positive = Field(description="tokens a row")
+    micro_rows: Positive | None = Field(
+        None,
+        description="rows one process computes at once; null: all its rows. Gradients are accumulated over the rest",
+    )
 
     @property
     def tokens(self) -> int:
         """Tokens of one optimiser step."""
-        return self.rows * self.length * self.accumulation
+        return self.rows * self.length
+
+    def micro_batches(self, processes: int, context: int = 1) -> tuple[int, int]:
+        """Rows of a micro-batch, and how many of them one process (or each group of `context`) does a step.
+
+            rows = (processes / context) · micro rows · micro-batches
+
+        Args:
+            processes: how many train together.
+            context: processes that share each row.
+
+        Raises:
+            UsageError: it does not divide; the message names the nearest numbers that do.
+        """
+        if processes % context:
+            raise UsageError(
+                f"{processes} processes cannot form groups of engine.context={context} that share rows: "
+                f"start {_nearest(processes, range(context, processes + 2 * context, context))} processes, "
+                f"or set engine.context to a divisor of {processes}"
+            )
+        groups = processes // context
+        micro = self.micro_rows or max(1, self.rows // groups)
+        if self.rows % (groups * micro) == 0:
+            return micro, self.rows // (groups * micro)
+        at_once = self.micro_rows or 1
+        together = groups * at_once
+        changes = [f"batch.rows={_nearest(self.rows, range(together, self.rows + 2 * together, together))}"]
+        if at_once > 1 and self.rows % groups == 0:
+            changes.append(f"batch.micro_rows={_nearest(at_once, _divisors(self.rows // groups))}")
+        if self.rows % at_once == 0:
+            counts = [context * n for n in _divisors(self.rows // at_once)]
+            changes.append(f"{_nearest(processes, counts)} processes")
+        raise UsageError(
+            f"batch.rows={self.rows}, the rows of one step of all processes, cannot be divided over "
+            + (f"{groups} processes" if context == 1 else f"{groups} groups of engine.context={context} processes")
+            + (f" with batch.micro_rows={at_once}" if self.micro_rows else "")
+            + f". The nearest that can: {', or '.join(changes)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(number: int, candidates: Iterable[int]) -> int:
+    return min(candidates, key=lambda n: (abs(n - number), n))
+
+
+class EngineSection(Section):
+    """On how many devices, and what each of them holds."""
+
+    kind: Literal["single", "ddp", "fsdp2", "hsdp", "zero2", "zero3"] = Field(
+        default="single",
+        description="single: one process. ddp: whole copies. fsdp2, zero3: weights, gradients and moments in shards; "
+        "hsdp: in shards within each of `replicas` groups; zero2: gradients and moments in shards",
+    )
+    replicas: Positive | None = Field(
+        default=None, description="groups of processes that hold a whole model each; hsdp only"
+    )
+    context: Positive = Field(
+        default=1, description="processes that one row is cut over, for rows beyond one device's memory"
+    )
+    timeout: Positive = Field(default=600, description="seconds that processes wait for each other before they give up")
+    compile: bool = Field(default=False, description="compile each block with torch.compile")
+    checkpointing: Literal["none", "all"] | Positive = Field(
+        default="none",
+        description="compute blocks again in the backward instead of keeping their activations: all, or every n-th",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngineSection":
+        if (self.kind == "hsdp") != (self.replicas is not None):
+            raise ValueError("engine.replicas goes with engine.kind=hsdp: give both, or neither")
+        if self.kind == "single" and self.context > 1:
+            raise ValueError(
+                f"engine.context={self.context} cuts rows over several processes; engine.kind=single has one. "
+                "Set engine.kind=ddp or fsdp2"
+            )
+        if self.kind in ("zero2", "zero3") and self.context > 1:
+            raise ValueError("engine.context needs engine.kind=ddp, fsdp2 or hsdp")
+        return self
 
 
 class EvaluationSection(Section):
@@ -141,10 +264,21 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """What goes to metrics.jsonl."""
+    """What goes to metrics.jsonl, and who else is told."""
 
     every: Positive = Field(default=1, description="steps between lines")
-    tensorboard: bool = True
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        default=["tensorboard"], description="who else is told the same figures; []: nobody"
+    )
+    project: str = Field(
+        default="flash-gsa", min_length=1, description="the project that trackio and wandb file the run under"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "LoggingSection":
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"logging.trackers names one twice: {', '.join(self.trackers)}")
+        return self
 
 
 class Recipe(Section):
@@ -155,8 +289,12 @@ class Recipe(Section):
     seed: Count = 0
     output_dir: str | None = Field(None, description="the run's folder; null: runs/<name>")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:<n>")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    precision: Literal["auto", "bf16", "fp32", "pure_bf16"] = Field(
+        "auto",
+        description="bf16: products in bf16, weights and moments fp32; pure_bf16: all in bf16; auto: bf16 on a GPU "
+        "that has it, else fp32",
+    )
+    engine: EngineSection = Field(default_factory=EngineSection)
     tokenizer: str | None = Field(None, description="byte, mistral, bpe:<size> or a tokenizer's folder")
     model: dict[str, Any] = Field(description="values of GSAConfig")
     data: TextData | MQARData = Field(discriminator="kind")

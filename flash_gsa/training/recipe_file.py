@@ -22,20 +22,21 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in shipped("recipes").glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, data_named: bool = True) -> Recipe:
     """Reads, overrides and checks a recipe.
 
     Args:
         name_or_path: the name of a shipped recipe (`demo`), or the path of a YAML file.
         overrides: `key.path=value`, the value written as in YAML: `schedule.minutes=1`, `model.num_slots=32`,
             `tokenizer=null`, `optimizer.betas=[0.9, 0.99]`. The last one of a key counts.
+        data_named: False where no data will be read: those still to be given may be left open.
 
     Raises:
         UsageError: no such recipe, not YAML, an unknown key (with the nearest right one), a wrong type, a
             value still to be given (`???`), or settings that contradict each other.
     """
     path = find_recipe(str(name_or_path))
-    return _checked(_overridden(_read(path), overrides), str(name_or_path))
+    return _checked(_overridden(_read(path), overrides), str(name_or_path), data_named)
 
 
 def parse_recipe(text: str, origin: str = "recipe") -> Recipe:
@@ -132,10 +133,10 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     return values
 
 
-def _checked(values: dict[str, Any], origin: str) -> Recipe:
+def _checked(values: dict[str, Any], origin: str, data_named: bool = True) -> Recipe:
     from flash_gsa.training.model import check_model  # imports torch and transformers: seconds
 
-    wrong = list(_unknown_keys(values, Recipe)) or list(_missing_values(values))
+    wrong = list(_unknown_keys(values, Recipe)) or list(_missing_values(values, data_named))
     if not wrong:
         try:
             recipe = Recipe.model_validate(values)
@@ -173,9 +174,9 @@ def _unknown_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: s
                 yield from _unknown_keys(value, inner, f"{prefix}{key}.")
 
 
-def _missing_values(values: Mapping[str, Any]) -> Iterator[str]:
+def _missing_values(values: Mapping[str, Any], data_named: bool) -> Iterator[str]:
     for key, value in _leaves(values):
-        if value == REQUIRED:
+        if value == REQUIRED and (data_named or not key.startswith("data.")):
             yield f"{key} must be given: set {key}=…{_meaning(key, values)}"
 
 
@@ -222,6 +223,8 @@ def _readable(error: ValidationError) -> list[str]:
             wrong[str(detail["ctx"]["error"])] = ([], "")
         elif detail["type"] == "missing":
             wrong[f"{key} is missing; give it a value"] = ([], "")
+        elif detail["type"] == "extra_forbidden":  # in a list: in sections they were found before
+            wrong[f"unknown key {key}"] = ([], "")
         elif detail["type"].startswith("union_tag"):
             wrong[f"data.kind must be text or mqar, got {value.get('kind')!r}"] = ([], "")
         else:
@@ -231,12 +234,15 @@ def _readable(error: ValidationError) -> list[str]:
     return [f"{key}: expected {' or '.join(e)}{got}" if e else key for key, (e, got) in wrong.items()]
 
 
+_BRANCHES = ("int", "float", "str", "list[str]", "plain", "weighted")
+
+
 def _key(location: Sequence[str | int]) -> str:
     """The key as it stands in the file: pydantic also names the branch of a union that it tried."""
     parts = [str(part) for part in location]
     if len(parts) > 1 and parts[0] == "data":
         del parts[1]
-    return ".".join(part for part in parts if part not in ("int", "float", "str", "list[str]"))
+    return ".".join(part for part in parts if part not in _BRANCHES)
 
 
 def _kind(value: Any) -> str:

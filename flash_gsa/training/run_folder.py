@@ -12,12 +12,24 @@ from flash_gsa.training.checkpoint import CHECKPOINTS, remove_leftovers
 from flash_gsa.training.metrics import METRICS_FILE
 from flash_gsa.training.recipe import Recipe
 from flash_gsa.training.recipe_file import parse_recipe, recipe_differences, recipe_to_yaml
+from flash_gsa.training.starts import STARTS_FILE
+from flash_gsa.training.trackers import TRACKERS_FILE
 
 RECIPE_FILE = "recipe.yaml"
 Existing = Literal["resume", "overwrite", "refuse"]
 
-_OURS = (RECIPE_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS, "loss.png")
-_MAY_DIFFER = ("description", "output_dir", "device", "data.cache_dir", "checkpoints.", "logging.")
+_OURS = (RECIPE_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS, "loss.png", "report.html", STARTS_FILE, TRACKERS_FILE)
+# Nor can the number of processes and how they share the work, but for the order in which sums are taken.
+_MAY_DIFFER: tuple[str, ...] = (
+    "description",
+    "output_dir",
+    "device",
+    "data.cache_dir",
+    "data.verify",
+    "checkpoints.",
+    "logging.",
+)
+_MAY_DIFFER += ("engine.", "batch.micro_rows")
 
 
 def run_dir_of(recipe: Recipe) -> Path:

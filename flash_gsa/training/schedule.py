@@ -26,7 +26,7 @@ class RunLength:
         if schedule.tokens is not None:
             self.total_steps = ceil(schedule.tokens / batch.tokens)
         self.budget = None if schedule.minutes is None else 60.0 * schedule.minutes
-        self.warmup_steps = schedule.warmup_steps or 0
+        self.warmup_steps = schedule.warmup_steps or ceil((schedule.warmup_tokens or 0) / batch.tokens)
         if schedule.warmup_fraction is not None and self.total_steps is not None:
             self.warmup_steps = round(schedule.warmup_fraction * self.total_steps)
         if self.total_steps is not None and self.warmup_steps >= self.total_steps:

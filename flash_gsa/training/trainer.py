@@ -1,6 +1,6 @@
 """The training loop.
 
-    for each step:  draw `accumulation` batches → Σ loss over their scored tokens → gradients → clip
+    for each step:  draw this process's micro-batches → Σ loss over their scored tokens → gradients → clip
                     → check that all is finite → AdamW with this step's learning rate
                     → metrics, now and then a held-out score and a checkpoint
 
@@ -10,15 +10,13 @@ optimiser moments, position in the data, random states, number of steps, time sp
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import transformers
-from safetensors.torch import load_model
 
 from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.errors import UsageError
@@ -28,29 +26,34 @@ from flash_gsa.models.flops import training_flops
 from flash_gsa.models.loss import next_token_loss
 from flash_gsa.training import events
 from flash_gsa.training.checkpoint import (
+    BackgroundWriter,
     Checkpoint,
+    begin_checkpoint,
     check_space,
+    checkpoint_folder,
     disk_errors,
     latest_checkpoint,
+    open_checkpoint,
     save_checkpoint,
 )
-from flash_gsa.training.engine import Engine
+from flash_gsa.training.dry_run import check_fits
+from flash_gsa.training.engine import Engine, Outcome, Piece
+from flash_gsa.training.engines import open_engine
 from flash_gsa.training.errors import TrainingStopped
+from flash_gsa.training.feed import Feed
 from flash_gsa.training.inputs import Inputs, prepare_inputs
 from flash_gsa.training.interrupts import Interrupts
-from flash_gsa.training.metrics import MetricsWriter, read_metrics
+from flash_gsa.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from flash_gsa.training.model import model_config
-from flash_gsa.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from flash_gsa.training.optimizer import learning_rate
 from flash_gsa.training.plots import plot_loss
 from flash_gsa.training.recipe import Recipe
-from flash_gsa.training.run_folder import Existing, open_run_folder
+from flash_gsa.training.report import REPORT_FILE, write_report
+from flash_gsa.training.run_folder import Existing, open_run_folder, run_dir_of
 from flash_gsa.training.schedule import RunLength
+from flash_gsa.training.spikes import SpikeDetector
+from flash_gsa.training.starts import record_start
+from flash_gsa.training.trackers import check_trackers, start_trackers
 
 # Of held-out data, for `slot_usage`: token by token, so not many.
 _TOKENS_LOOKED_AT = 256
@@ -66,6 +69,7 @@ class TrainResult:
         step: steps taken in all.
         metrics: the last `eval` line of metrics.jsonl.
         picture: loss.png.
+        report: report.html.
         signal: "SIGINT" or "SIGTERM" if the run was stopped before its end; the same call goes on.
     """
 
@@ -74,6 +78,7 @@ class TrainResult:
     step: int
     metrics: dict[str, Any]
     picture: Path
+    report: Path
     signal: str | None
 
 
@@ -89,35 +94,61 @@ def train(
     Args:
         recipe: from `load_recipe`.
         existing: what to do if the folder holds a run: "resume" it, "overwrite" it, or "refuse".
-        on_event: told what happens, see `events`; `ProgressDisplay` shows it in a terminal.
-        engine: where it runs; by default what `recipe.device` and `recipe.precision` say.
+        on_event: told what happens, see `events`; `ProgressDisplay` shows it in a terminal. Of several processes the
+            main one tells.
+        engine: where it runs; by default what the recipe says.
 
     Raises:
         UsageError: before anything is trained: the recipe cannot run here, its folder or data cannot be used, a
             checkpoint is damaged; later: the disk is full.
         TrainingStopped: the loss or the gradient is no longer finite.
     """
-    engine = engine or Engine(recipe.device, recipe.precision)
+    check_trackers(recipe.logging.trackers)
+    engine = engine or open_engine(recipe)
+    micro_rows, count = recipe.batch.micro_batches(engine.ranks, engine.context)
+    if (memory := engine.device_memory()) is not None:
+        check_fits(recipe, engine.ranks, memory)
     length = RunLength(recipe.schedule, recipe.batch)
-    with open_run_folder(recipe, existing) as run_dir:
-        saved = latest_checkpoint(run_dir)
-        on_event(events.Preparing("preparing the data"))
+    tell = on_event if engine.is_main else lambda event: None
+    with open_run_folder(recipe, existing) if engine.is_main else nullcontext(run_dir_of(recipe)) as run_dir:
+        # The main process verifies a checkpoint, and the others open what it found.
+        saved = latest_checkpoint(run_dir) if engine.is_main else None
+        folder = engine.broadcast(saved.folder if saved else None)
+        if folder is not None and saved is None:
+            saved = open_checkpoint(folder)
+        tell(events.Preparing("preparing the data"))
         inputs = prepare_inputs(
             recipe,
             saved_tokenizer=saved.folder if saved else None,
-            progress=lambda documents, size: on_event(
+            progress=lambda documents, size: tell(
                 events.Preparing(f"tokenising: {documents:,} documents, {size / 1e6:,.1f} MB so far")
             ),
         )
-        run = _Run(recipe, engine, run_dir, inputs, length, on_event)
+        run = _Run(recipe, engine, run_dir, inputs, length, tell)
         if saved is not None:
             run.restore(saved)
-        with Interrupts() as interrupts:
-            return run.to_the_end(interrupts)
+        groups, group = engine.ranks // engine.context, engine.rank // engine.context
+        first = [(i * groups + group) * micro_rows for i in range(count)]
+        run.feed = Feed(inputs.batches, [slice(row, row + micro_rows) for row in first])
+        try:
+            with Interrupts() as interrupts:
+                result = run.to_the_end(interrupts)
+        finally:
+            run.feed.close()
+        engine.close()
+        return result
+
+
+def step_loss(model: GSAForCausalLM, batch: Batch, scored: float | torch.Tensor) -> torch.Tensor:
+    """Σ nll over the batch, divided by `scored`: the batch's part of a step's mean over its scored tokens."""
+    hidden = model.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).last_hidden_state
+    return next_token_loss(hidden, model.lm_head.weight, batch.targets, scored=1) / scored
 
 
 class _Run:
     """A model in training, with everything that changes from step to step."""
+
+    feed: Feed
 
     def __init__(
         self,
@@ -131,66 +162,84 @@ class _Run:
         self.recipe, self.engine, self.run_dir, self.inputs = recipe, engine, run_dir, inputs
         self.length, self.on_event = length, on_event
         torch.manual_seed(recipe.seed)
-        self.model = GSAForCausalLM(model_config(recipe, inputs.vocab_size, inputs.tokenizer))
-        self.model.to(engine.device).train()  # type: ignore[arg-type]
-        if recipe.gradient_checkpointing:
-            _enable_gradient_checkpointing(self.model)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.flops = training_flops(self.model, recipe.batch.length)
+        model = GSAForCausalLM(model_config(recipe, inputs.vocab_size, inputs.tokenizer))
+        model.config.architectures = [type(model).__name__]
+        self.config, self.generation_config = model.config, model.generation_config
+        self.size = sum(p.numel() for p in model.parameters())
+        self.flops = training_flops(model, recipe.batch.length)
+        engine.prepare(model, recipe.optimizer)
+        self.writer, self.spikes = BackgroundWriter(), SpikeDetector()
         self.step = 0
         self.seconds = 0.0
         self.checkpoint: Path | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as it was when the checkpoint was written."""
-        load_model(self.model, checkpoint.folder / "model.safetensors", device=str(self.engine.device))
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors)
+        self.engine.load(checkpoint.read)
         self.inputs.batches.load_state_dict(checkpoint.state["data"])
-        random = {n.removeprefix("random/"): t for n, t in checkpoint.tensors.items() if n.startswith("random/")}
-        self.engine.set_random_state(random)
+        random = [name for name in checkpoint.names() if name.startswith("random/")]
+        self.engine.set_random_state({name.removeprefix("random/"): checkpoint.read(name) for name in random})
         self.length.total_steps = checkpoint.state["total_steps"]
+        self.spikes.load_state_dict(checkpoint.state["spikes"])
         self.step, self.seconds = checkpoint.step, checkpoint.state["seconds"]
         self.checkpoint = checkpoint.folder
 
     def to_the_end(self, interrupts: Interrupts) -> TrainResult:
         """Trains until the run is over or a signal comes."""
-        recipe = self.recipe
-        self._check_space()
-        resume_step = None if self.checkpoint is None else self.step
-        with self._writing_metrics():
-            self.metrics = MetricsWriter(self.run_dir, resume_step=resume_step, tensorboard=recipe.logging.tensorboard)
-        count = sum(p.numel() for p in self.parameters)
-        self.on_event(events.Started(self.run_dir, self.step, count, recipe.batch.tokens, self.engine.describe()))
+        recipe, engine = self.recipe, self.engine
+        self.metrics: MetricsWriter | None = None
+        if engine.is_main:
+            self._check_space()
+            resume_step = None if self.checkpoint is None else self.step
+            with self._writing_metrics():
+                path = self.run_dir / METRICS_FILE
+                shown = read_metrics(path) if resume_step is not None and path.exists() else []
+                trackers = start_trackers(recipe, self.run_dir, resume_step=resume_step, shown=shown)
+                self.metrics = MetricsWriter(self.run_dir, resume_step=resume_step, trackers=trackers)
+            if not self.length.is_over(self.step):
+                device, name = str(engine.device), engine.describe()
+                record_start(self.run_dir, resume_step=resume_step, device=device, engine=name)
+        self.on_event(events.Started(self.run_dir, self.step, self.size, recipe.batch.tokens, engine.describe()))
         try:
             if self.step == 0:
                 self._evaluate()
-            self._loop(interrupts)
+            stopped = self._loop(interrupts)
+            self._tell_saved(self.writer.wait())
         finally:
-            self.metrics.close()
-        signal = None if self.length.is_over(self.step) else interrupts.received
+            if self.metrics is not None:
+                self.metrics.close()
+        engine.barrier()
+        signal = (interrupts.received or "SIGTERM") if stopped and not self.length.is_over(self.step) else None
         self.on_event(events.Ended(self.step, signal))
-        assert self.checkpoint is not None
-        records = read_metrics(self.metrics.path)
+        records = read_metrics(self.run_dir / METRICS_FILE)
+        picture, report = self.run_dir / "loss.png", self.run_dir / REPORT_FILE
+        if engine.is_main:
+            picture, report = plot_loss(self.run_dir), write_report(self.run_dir)
+        engine.barrier()
         return TrainResult(
             run_dir=self.run_dir,
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint_folder(self.run_dir, self.step),
             step=self.step,
             metrics=[r for r in records if r["kind"] == "eval"][-1],
-            picture=plot_loss(self.metrics.path),
+            picture=picture,
+            report=report,
             signal=signal,
         )
 
-    def _loop(self, interrupts: Interrupts) -> None:
+    def _loop(self, interrupts: Interrupts) -> bool:
+        """Takes steps; whether it was told to stop."""
         recipe = self.recipe
         first, before, start = self.step, self.seconds, time.monotonic()
         while not self.length.is_over(self.step):
-            record = self._take_step()
-            self.seconds = before + time.monotonic() - start
+            record, outcome = self._take_step(before + time.monotonic() - start, interrupts.received is not None)
+            self.seconds = outcome.seconds
             self.length.update(self.step, self.seconds)
             over = self.length.is_over(self.step)
             if self.step % recipe.logging.every == 0 or over:
                 self._write("train", record)
+            if spike := self.spikes.see(outcome.loss):
+                told = self._write("spike", {**asdict(spike), "batch": self.inputs.batches.position - 1})
+                self.on_event(events.Spiked(told))
             each = (self.seconds - before) / (self.step - first)
             self.on_event(
                 events.Stepped(
@@ -200,68 +249,60 @@ class _Run:
                     self.length.seconds_left(self.step, self.seconds, each),
                 )
             )
+            self._tell_saved(self.writer.poll())
             if self.step % recipe.evaluation.every == 0 or over:
                 self._evaluate()
-            if self.step % recipe.checkpoints.every == 0 or over or interrupts.received:
+            # Several processes hear of a signal together, with the next step.
+            stop = outcome.stop or (self.engine.ranks == 1 and interrupts.received is not None)
+            if self.step % recipe.checkpoints.every == 0 or over or stop:
                 self._save()
-            if interrupts.received:
-                return
+            if stop:
+                return True
+        return False
 
-    def _take_step(self) -> dict[str, Any]:
+    def _take_step(self, seconds: float, stop: bool) -> tuple[dict[str, Any], Outcome]:
         """One step of the optimiser. Returns its figures for metrics.jsonl."""
         recipe, engine, start = self.recipe, self.engine, time.monotonic()
-        index = self.inputs.batches.state_dict()["position"]
-        batches = [next(self.inputs.batches) for _ in range(recipe.batch.accumulation)]
-        scored = sum(int((b.targets != NOT_SCORED).sum()) for b in batches)
+        index = self.inputs.batches.position
+        batches = self.feed.take()
+        scored = engine.total(sum(int((b.targets != NOT_SCORED).sum()) for b in batches))
         losses = []
         for i, batch in enumerate(batches):
+            on_device = engine.stretch(batch).to(engine.device)
             try:
-                losses.append(self._accumulate(batch, scored))
+                losses.append(engine.accumulate(step_loss, on_device, scored, last=i == len(batches) - 1))
             except UsageError as error:  # on a CPU the operator looks at its inputs itself, and refuses NaN
-                self._stop(str(error), index + i, batch)
-        norm = engine.clip(self.parameters, recipe.optimizer.clip)
-        # Reading them waits for the device, once a step; in exchange a bad gradient never reaches the weights.
-        *parts, gradient_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
-        loss = math.fsum(parts)
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            worst = next((i for i, part in enumerate(parts) if not math.isfinite(part)), 0)
-            self._stop(f"loss {loss}, gradient norm {gradient_norm}", index + worst, batches[worst])
-        self.step += 1
+                self._stop(str(error), index, batch)
         settings = recipe.optimizer
         rate = learning_rate(
-            self.step,
+            self.step + 1,
             peak=settings.lr,
             floor=settings.min_lr,
             warmup_steps=self.length.warmup_steps,
             total_steps=self.length.total_steps,
         )
-        set_learning_rate(self.optimizer, rate)
-        engine.optimizer_step(self.optimizer)
-        record: dict[str, Any] = {"loss": loss}
+        outcome = engine.update(losses, rate, settings.clip, seconds=seconds, stop=stop)
+        if not outcome.finite:
+            bad = next((i for i, part in enumerate(outcome.parts) if not math.isfinite(part)), None)
+            # Of several processes' batches, the first that is to blame; of none, any.
+            found = engine.gather((bad is None, self.inputs.describe(batches[bad or 0])))
+            self._stop(f"loss {outcome.loss}, gradient norm {outcome.norm}", index, min(found)[1])
+        self.step += 1
+        record: dict[str, Any] = {"loss": outcome.loss}
         if self.inputs.bytes_per_token:
-            record["bits_per_byte"] = loss / math.log(2) / self.inputs.bytes_per_token
+            record["bits_per_byte"] = outcome.loss / math.log(2) / self.inputs.bytes_per_token
         speed = recipe.batch.tokens / (time.monotonic() - start)
-        record |= {"lr": rate, "grad_norm": gradient_norm, "tokens_per_second": speed}
+        record |= {"lr": rate, "grad_norm": outcome.norm, "tokens_per_second": speed}
         record["flops_per_second"] = speed * self.flops
         if (peak := engine.peak_flops()) is not None:
-            record["mfu"] = speed * self.flops / peak
-        return record | {"memory_bytes": engine.peak_memory()}
-
-    def _accumulate(self, batch: Batch, scored: int) -> torch.Tensor:
-        """Adds the gradient of one batch to that of the step; returns its part of the step's loss."""
-        engine, model = self.engine, self.model
-        batch = batch.to(engine.device)
-        with engine.autocast():
-            hidden = model.model(batch.input_ids, cu_seqlens=batch.cu_seqlens).last_hidden_state
-            loss = next_token_loss(hidden, model.lm_head.weight, batch.targets, scored=scored)
-        engine.backward(loss)
-        return loss.detach()
+            record["mfu"] = speed * self.flops / (peak * engine.ranks)
+        record |= {"data_seconds": self.feed.seconds, "devices": engine.ranks, "memory_bytes": engine.peak_memory()}
+        return record, outcome
 
     def _evaluate(self) -> None:
         try:
-            record = self.inputs.held_out.score(self.model, self.engine)
-            with self.engine.autocast():
-                record |= slot_usage(self.model, self.inputs.held_out.sample(_TOKENS_LOOKED_AT))
+            record = self.inputs.held_out.score(self.engine)
+            record |= self.engine.score(slot_usage, self.inputs.held_out.sample(_TOKENS_LOOKED_AT))
             bad = [n for n, x in record.items() if not isinstance(x, dict) and not math.isfinite(x)]
         except UsageError as error:
             bad = [str(error)]
@@ -270,26 +311,47 @@ class _Run:
         self.on_event(events.Evaluated(self._write("eval", record)))
 
     def _save(self) -> None:
-        with self._writing_metrics():
-            self.metrics.sync()
-        random = {f"random/{name}": state for name, state in self.engine.random_state().items()}
-        self.checkpoint = save_checkpoint(
+        """Copies what a checkpoint holds to the CPU; a thread writes it while training goes on."""
+        engine = self.engine
+        self._tell_saved(self.writer.wait())
+        if self.metrics is not None:
+            with self._writing_metrics():
+                self.metrics.sync()
+        pieces = engine.pieces()
+        if engine.is_main:
+            pieces |= {f"random/{name}": Piece(state) for name, state in engine.random_state().items()}
+            begin_checkpoint(self.run_dir, self.step)
+        engine.barrier()
+        if not (engine.sharded or engine.is_main):
+            return
+        save = partial(
+            save_checkpoint,
             self.run_dir,
             self.step,
             write_model=self._write_model,
-            tensors=optimizer_tensors(self.optimizer, self.model) | random,
+            pieces={name: replace(p, tensor=_copied(p.tensor)) for name, p in pieces.items()},
             state={
                 "seconds": self.seconds,
                 "total_steps": self.length.total_steps,
                 "data": self.inputs.batches.state_dict(),
+                "spikes": self.spikes.state_dict(),
             },
             keep=self.recipe.checkpoints.keep,
+            sharded=engine.sharded,
+            rank=engine.rank,
+            ranks=engine.ranks,
         )
-        self.on_event(events.Saved(self.checkpoint))
+        self.writer.start(save)
+
+    def _tell_saved(self, folder: Path | None) -> None:
+        if folder is not None:
+            self.checkpoint = folder
+            self.on_event(events.Saved(folder))
 
     def _write_model(self, folder: Path) -> None:
-        with _without_bars():
-            self.model.save_pretrained(folder, max_shard_size="1TB")  # one file, which restore() reads
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
         if self.inputs.tokenizer is not None:
             self.inputs.tokenizer.save_pretrained(folder)
 
@@ -301,8 +363,9 @@ class _Run:
             "seconds": round(self.seconds, 3),
             **figures,
         }
-        with self._writing_metrics():
-            self.metrics.write(record)
+        if self.metrics is not None:
+            with self._writing_metrics():
+                self.metrics.write(record)
         return record
 
     def _writing_metrics(self) -> AbstractContextManager:
@@ -310,14 +373,16 @@ class _Run:
 
     def _check_space(self) -> None:
         # fp32 weights and two moments each, for the checkpoints that are kept and the one being written.
-        one = 12 * sum(p.numel() for p in self.parameters)
+        one = 12 * self.size
         present = self.recipe.checkpoints.keep if self.checkpoint else 0
         check_space(self.run_dir, one * (self.recipe.checkpoints.keep + 1 - present))
 
-    def _stop(self, what: str, index: int = -1, batch: Batch | None = None) -> NoReturn:
+    def _stop(self, what: str, index: int = -1, batch: Batch | str | None = None) -> NoReturn:
+        self._tell_saved(self.writer.wait())
         where = ""
         if batch is not None:
-            where = f" It was batch {index} of the stream of seed {self.recipe.seed}, {self.inputs.describe(batch)}."
+            description = batch if isinstance(batch, str) else self.inputs.describe(batch)
+            where = f" It was batch {index} of the stream of seed {self.recipe.seed}, {description}."
         safe = f"{self.checkpoint} is intact." if self.checkpoint else "No checkpoint had been written yet."
         raise TrainingStopped(
             f"Training stopped at step {self.step + 1}: {what}. Expected finite numbers.{where} {safe} "
@@ -328,19 +393,6 @@ class _Run:
         )
 
 
-def _enable_gradient_checkpointing(model: GSAForCausalLM) -> None:
-    # transformers is renaming it
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers shows a bar for every file it writes, in the middle of ours."""
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.logging.enable_progress_bar()
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and changed no more by the steps that follow."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

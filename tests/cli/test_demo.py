@@ -25,7 +25,7 @@ TINY = (
     "model.num_slots=4",
     "data.held_out=2000",
     "evaluation.max_bytes=500",
-    "logging.tensorboard=false",
+    "logging.trackers=[]",
 )
 
 
@@ -49,8 +49,8 @@ def test_demo_measures_writes_and_draws(run, source, tmp_path):
     assert all(0 < bits[f"order_{order}"] < 8 for order in range(6))
     assert 4 < bits["model"] < 16
     assert bits["xz"] > 0
-    # Three steps of two rows of 64 tokens; begin and end tokens are no bytes.
-    assert 3 * 2 * 64 - 4 <= report["training_bytes"] <= 3 * 2 * 64
+    # Three steps of two rows of 64 tokens; begin and end tokens are no bytes, and rows may cut the two of an ä.
+    assert 3 * 2 * 64 - 16 <= report["training_bytes"] <= 3 * 2 * 64
     assert report["sample"]["passage"]
     for path in report["paths"].values():
         assert Path(path).exists()

@@ -88,6 +88,21 @@ def test_batches():
     assert not torch.equal(MQARBatches(3, 16, 4, 64, seed=8).batch(0).input_ids, first.input_ids)
 
 
+def test_rows_of_a_batch_without_the_others():
+    batches = MQARBatches(6, 16, 4, 64, seed=7)
+    whole = batches.batch(2)
+    for rows in (slice(None), slice(1, 6, 2), slice(4, 5)):
+        part = batches.batch(2, rows)
+        assert torch.equal(part.input_ids, whole.input_ids[rows])
+        assert torch.equal(part.targets, whole.targets[rows])
+    # A row is one of the task on its own, whatever batches the stream is cut into.
+    other = MQARBatches(4, 16, 4, 64, seed=7).batch(3)
+    assert torch.equal(other.input_ids, whole.input_ids[:4])
+    inputs, targets = multi_query_associative_recall(1, 16, 4, 64, seed=np.random.SeedSequence(7, spawn_key=(0, 12)))
+    assert inputs[0].tolist() == whole.input_ids[0].tolist()
+    assert targets[0].tolist() == whole.targets[0].tolist()
+
+
 def test_held_out_stream_shares_no_row():
     train, held_out = (MQARBatches(50, 16, 4, 64, seed=7, held_out=h) for h in (False, True))
     rows = [{tuple(r) for _ in range(20) for r in next(s).input_ids.tolist()} for s in (train, held_out)]

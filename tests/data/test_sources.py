@@ -6,6 +6,7 @@ import lzma
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -163,22 +164,39 @@ def test_trimmed_standard_library_is_refused(tmp_path, monkeypatch):
         ("hf:org/wiki/small@train[:10]", ("org/wiki", "small", "train[:10]")),
     ],
 )
-def test_hub_data_sets_are_streamed(spec, asked, monkeypatch):
+def test_hub_data_sets_are_streamed_file_by_file(spec, asked, monkeypatch):
+    files = [[{"text": "a"}, {"text": ""}, {"text": "b", "source": "s"}], [{"text": "c"}]]
+
     def load_dataset(name, config, *, split, streaming):
         assert (name, config, split) == asked
         assert streaming
-        return iter([{"text": "a"}, {"text": ""}, {"text": "b", "source": "s"}])
+        return datasets.IterableDataset.from_generator(
+            lambda files: (record for file in files for record in file), gen_kwargs={"files": files}
+        )
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert list(iter_documents(spec)) == [
-        Document("a", "wiki", f"{spec}, record 0"),
-        Document("b", "s", f"{spec}, record 2"),
+    first, second = open_sources(spec)[0].parts()
+    assert list(second()) == [Document("c", "wiki", f"{spec}, file 1, record 0")]
+    assert list(first()) == [
+        Document("a", "wiki", f"{spec}, file 0, record 0"),
+        Document("b", "s", f"{spec}, file 0, record 2"),
     ]
+    assert [document.text for document in iter_documents(spec)] == ["a", "b", "c"]
 
 
 def test_local_data_set_through_datasets(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "train.jsonl").write_bytes(json_lines([{"text": "from a file"}]))
+    for name in ("train-0", "train-1", "train-2", "test"):
+        (tmp_path / "mine" / f"{name}.jsonl").write_bytes(json_lines([{"text": f"{name} {i}"} for i in range(3)]))
+    (tmp_path / "mine" / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: default, default: true, data_files: [{split: train, path: 'train-*.jsonl'}]}\n"
+        "- {config_name: small, data_files: [{split: test, path: test.jsonl}]}\n---\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert [d.text for d in iter_documents("hf:./mine")] == ["from a file"]
+    assert len(open_sources("hf:./mine")[0].parts()) == 3
+    assert [d.text for d in iter_documents("hf:./mine")] == [f"train-{k} {i}" for k in range(3) for i in range(3)]
+    assert [d.text for d in iter_documents("hf:./mine/small@test")] == ["test 0", "test 1", "test 2"]
+    with pytest.raises(UsageError, match=r"'hf:\./mine@valid' cannot be read"):
+        list(iter_documents("hf:./mine@valid"))

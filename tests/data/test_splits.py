@@ -22,11 +22,11 @@ def test_parts_are_disjoint_and_complete(store):
 
 
 def test_parts_hold_what_was_asked_for_and_no_document_more(store):
-    total = store.num_bytes.sum()
+    total = store.num_bytes
     parts = split_documents(store, {"valid": 0.1, "test": 500})
-    longest = store.num_bytes.max()
-    assert 0.1 * total <= store.num_bytes[parts["valid"]].sum() < 0.1 * total + longest
-    assert 500 <= store.num_bytes[parts["test"]].sum() < 500 + longest
+    longest = store.sizes().max()
+    assert 0.1 * total <= store.sizes(parts["valid"]).sum() < 0.1 * total + longest
+    assert 500 <= store.sizes(parts["test"]).sum() < 500 + longest
 
 
 def test_seed_decides(store):

@@ -37,7 +37,7 @@ def test_every_document_whole_in_order_and_every_token_predicted_once(store, max
         num_bytes += batch.num_bytes.sum()
         state_of = int(batch.documents[-1])
     assert order == documents.tolist()
-    assert num_bytes == store.num_bytes[documents].sum()
+    assert num_bytes == store.sizes(documents).sum()
     for index in order:
         text = store.document(index).tolist()
         assert tokens[index] == text

@@ -43,7 +43,7 @@ def test_blocks_hold_the_mixer_that_was_named(tiny, mixer):
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_moved_to_another_mixer_by_one_value(name, mixer):
-    needed = {"prose_15m": ["data.source=a.jsonl", "data.valid_source=b.jsonl"]}.get(name, [])
+    needed = ["data.source=a.jsonl", "data.valid_source=b.jsonl"] if name.startswith("prose") else []
     check_model(load_recipe(name, [f"model.token_mixer={mixer}", *needed]))
 
 

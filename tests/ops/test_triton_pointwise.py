@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from flash_gsa import GatedSlotAttention, gated_slot_attention
-from flash_gsa.layers import gated_slot_attention as gated_slot_attention_layer
+from flash_gsa.layers import sequences
 from flash_gsa.ops import gates, pointwise
 from flash_gsa.ops.pointwise import WIDEST_ROW, log_gates, silu_each, silu_norm
 
@@ -268,7 +268,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("options", LAYERS, ids=str)
     def test_layer_with_and_without_kernels(options, fused, monkeypatch):
         # The operator itself is no subject here, and slow in the interpreter.
-        monkeypatch.setattr(gated_slot_attention_layer, "gated_slot_attention", in_torch)
+        monkeypatch.setattr(sequences, "gated_slot_attention", in_torch)
         compare_layer(*layer(options, 20, "cpu"), fused, monkeypatch, rtol=2e-5)
 
 else:

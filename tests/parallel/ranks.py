@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flash_gsa import gated_slot_attention
-from flash_gsa.parallel import context_parallel_gated_slot_attention
+from flash_gsa import gated_linear_attention, gated_slot_attention
+from flash_gsa.parallel import context_parallel_gated_linear_attention, context_parallel_gated_slot_attention
 
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: of each rank; lengths: of packed sequences; gates: factor on log gates, 0 for slots that keep all."""
+    """tokens: of each rank; lengths: of packed sequences; gates: factor on log gates, 0 for slots that keep all;
+    linear: gated linear attention, whose one state is called hv here."""
 
     name: str
     tokens: tuple[int, ...]
@@ -39,6 +40,7 @@ class Case:
     backend: str = "chunk"
     states: str = "keep"
     autocast: bool = False
+    linear: bool = False
 
 
 def packed(name: str, ranks: int, *lengths: int, **more) -> Case:
@@ -55,6 +57,9 @@ CASES = {
         Case("in float32", (40, 40), dtype=torch.float32),
         Case("in float32 under autocast", (40, 40), dtype=torch.float32, autocast=True),
         Case("in bfloat16", (40, 40), dtype=torch.bfloat16, K=16, V=16, M=8),
+        Case("linear, all states", (20, 33), linear=True, state=True, scale=0.4),
+        Case("linear, in bfloat16", (40, 40), linear=True, dtype=torch.bfloat16, K=16, V=16),
+        packed("linear, packed", 2, 10, 30, 24, linear=True),
         Case("by the recurrence", (9, 8), backend="reference", state=True),
         packed("packed, one across", 2, 10, 30, 24),
         packed("packed, none across", 2, 10, 22, 0, 32, strength=True),
@@ -62,6 +67,7 @@ CASES = {
     3: [
         Case("three", (20, 1, 30), state=True, strength=True),
         packed("packed, one across all", 3, 5, 50, 5),
+        Case("linear, three", (20, 1, 30), linear=True, state=True),
         packed("packed, one begins with the second rank", 3, 20, 40),
         packed("packed, one ends with the second rank", 3, 10, 30, 20, dtype=torch.float32),
         packed("packed, many", 3, 3, 0, 4, 25, 1, 0, 9, 18),
@@ -116,7 +122,7 @@ ON_GPUS = {
 def inputs(case: Case) -> dict[str, torch.Tensor]:
     """All tokens, and the gradients that come back."""
     generator = torch.Generator().manual_seed(3)
-    T = sum(case.tokens)
+    T, slots = sum(case.tokens), case.K if case.linear else case.M
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -126,16 +132,16 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
         "q": normal(case.B, T, case.HQ, case.K).to(case.dtype),
         "k": normal(case.B, T, case.H, case.K).to(case.dtype),
         "v": normal(case.B, T, case.H, case.V).to(case.dtype),
-        "g": -case.gates * normal(case.B, T, case.H, case.M).abs().to(wide),
+        "g": -case.gates * normal(case.B, T, case.H, slots).abs().to(wide),
         "do": normal(case.B, T, case.HQ, case.V).to(case.dtype),
     }
     if case.strength:
         x["s"] = normal(case.B, T, case.H, case.M).sigmoid().to(wide)
     if case.state:
-        for name in ("hk", "dhk"):
-            x[name] = normal(case.B, case.H, case.K, case.M).to(wide)
+        for name in () if case.linear else ("hk", "dhk"):
+            x[name] = normal(case.B, case.H, case.K, slots).to(wide)
         for name in ("hv", "dhv"):
-            x[name] = normal(case.B, case.H, case.M, case.V).to(wide)
+            x[name] = normal(case.B, case.H, slots, case.V).to(wide)
     return x
 
 
@@ -146,20 +152,23 @@ def boundaries(case: Case) -> torch.Tensor | None:
 def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, operator):
     """o, the final states and all gradients, of the tokens in x; `first` and `last`: whether the whole's are."""
     leaves = {n: y.clone().requires_grad_() for n, y in x.items() if n in ("q", "k", "v", "g", "s", "hk", "hv")}
-    state = (leaves["hk"], leaves["hv"]) if case.state and first else None
+    state = None
+    if case.state and first:
+        state = leaves["hv"] if case.linear else (leaves["hk"], leaves["hv"])
+    options = {} if case.linear else {"s": leaves.get("s"), "states": case.states}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast):
         o, final = operator(
-            leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves.get("s"),
-            scale=case.scale, initial_state=state, output_final_state=case.state, cu_seqlens=boundaries(case),
-            backend=case.backend, states=case.states,
+            leaves["q"], leaves["k"], leaves["v"], leaves["g"], scale=case.scale, initial_state=state,
+            output_final_state=case.state, cu_seqlens=boundaries(case), backend=case.backend, **options,
         )  # fmt: skip
     found, ends, gradients = {"o": o}, [o], [x["do"]]
     if case.state:
         # Of the states between two ranks nothing is asked back; they are in the graph all the same.
         weight = 1.0 if last else 0.0
-        found |= {"final hk": final[0], "final hv": final[1]}
-        ends += final
-        gradients += [weight * x["dhk"], weight * x["dhv"]]
+        finals = {"hv": final} if case.linear else dict(zip(("hk", "hv"), final, strict=True))
+        found |= {f"final {name}": y for name, y in finals.items()}
+        ends += finals.values()
+        gradients += [weight * x[f"d{name}"] for name in finals]
     wanted = {n: y for n, y in leaves.items() if first or n not in ("hk", "hv")}
     back = torch.autograd.grad(ends, list(wanted.values()), gradients)
     return {n: y.detach() for n, y in found.items()} | {f"d{n}": y for n, y in zip(wanted, back, strict=True)}
@@ -167,7 +176,7 @@ def results(case: Case, x: dict[str, torch.Tensor], first: bool, last: bool, ope
 
 def whole(case: Case) -> dict[str, torch.Tensor]:
     """What one process finds."""
-    return results(case, inputs(case), True, True, gated_slot_attention)
+    return results(case, inputs(case), True, True, gated_linear_attention if case.linear else gated_slot_attention)
 
 
 def mine(case: Case, rank: int, group) -> dict[str, torch.Tensor]:
@@ -179,7 +188,8 @@ def mine(case: Case, rank: int, group) -> dict[str, torch.Tensor]:
     }
     x = {name: y.to(place(rank)) for name, y in x.items()}
     last = rank == len(case.tokens) - 1
-    found = results(case, x, rank == 0, last, partial(context_parallel_gated_slot_attention, group=group))
+    operator = context_parallel_gated_linear_attention if case.linear else context_parallel_gated_slot_attention
+    found = results(case, x, rank == 0, last, partial(operator, group=group))
     return {name: y.cpu() for name, y in found.items()}
 
 
@@ -190,12 +200,17 @@ def place(rank: int) -> torch.device:
 def main(folder: Path, rank: int, ranks: int) -> None:
     on_gpus = place(rank).type == "cuda"
     cases = ON_GPUS if on_gpus else INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else CASES
+    of_models: dict = {}
+    if cases is not INTERPRETED:
+        from tests.parallel import models  # transformers takes its time
+
+        of_models = models.MODELS_ON_GPUS if on_gpus else models.MODELS
     torch.set_num_threads(1)
     if on_gpus:
         torch.cuda.set_device(place(rank))
     store = dist.FileStore(str(folder / "store"), ranks)
     name = "nccl" if on_gpus else "gloo"
-    dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     found = {}
     for size, several in cases.items():
         group = None if size == ranks else dist.new_group(list(range(size)))
@@ -204,6 +219,8 @@ def main(folder: Path, rank: int, ranks: int) -> None:
             for case in several[:2]:
                 again = mine(case, rank, group)
                 assert all(torch.equal(y, found[case.name][n]) for n, y in again.items()), case.name
+            for case in of_models.get(size, []):
+                found[case.name] = models.mine(case, rank, size, group, place(rank))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,8 +1,5 @@
 """Sequences over several processes give what one process gives: values, states and every gradient."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,42 +10,6 @@ from flash_gsa.parallel import context_parallel_gated_slot_attention
 from tests.parallel.ranks import CASES, INTERPRETED, ON_GPUS, boundaries, inputs, whole
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def run(cases, tmp_path_factory, **environment):
-    """What each of as many processes as the largest case has found, all at once."""
-    folder, ranks = tmp_path_factory.mktemp("ranks"), max(cases)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel.ranks", str(folder), str(rank), str(ranks)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | environment,
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run(CASES, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def found_by_kernels(tmp_path_factory):
-    pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
-    return run(INTERPRETED, tmp_path_factory, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-
-
-@pytest.fixture(scope="module")
-def found_on_gpus(tmp_path_factory):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    return run(ON_GPUS, tmp_path_factory, RANKS_ON="gpus")
 
 
 def each(cases):
@@ -133,9 +94,9 @@ class Ranks:
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(monkeypatch, rank, ranks, change, told):
-    from flash_gsa.parallel import context
+    from flash_gsa.parallel import exchange
 
-    monkeypatch.setattr(context, "dist", Ranks(rank, ranks))
+    monkeypatch.setattr(exchange, "dist", Ranks(rank, ranks))
     change = dict(change)
     rows, tokens = change.pop("rows", 1), change.pop("tokens", None)
     x = {name: y[:rows, :tokens] for name, y in inputs(CASES[2][0]).items() if name != "do"}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -11,21 +12,28 @@ from safetensors.torch import save_file
 from flash_gsa.errors import UsageError
 from flash_gsa.training import checkpoint as module
 from flash_gsa.training.checkpoint import (
+    BackgroundWriter,
+    begin_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     remove_leftovers,
     resolve_model_folder,
     save_checkpoint,
 )
+from flash_gsa.training.engine import Piece
 
 
 def write_model(folder):
     (folder / "config.json").write_text("{}")
-    save_file({"w": torch.arange(100.0)}, folder / "model.safetensors")
+
+
+WEIGHTS = {"model/w": Piece(torch.arange(100.0))}
 
 
 def save(run_dir, step, keep=2, **changes):
-    arguments = {"write_model": write_model, "tensors": {"a/b": torch.ones(3)}, "state": {"seconds": 1.5}, "keep": keep}
+    pieces = {**WEIGHTS, "a/b": Piece(torch.ones(3))}
+    arguments = {"write_model": write_model, "pieces": pieces, "state": {"seconds": 1.5}, "keep": keep}
+    begin_checkpoint(run_dir, step)
     return save_checkpoint(run_dir, step, **arguments | changes)
 
 
@@ -35,14 +43,22 @@ def present(run_dir):
 
 def test_round_trip(tmp_path):
     tensors = {
-        "m": torch.randn(3, 4).t(),
+        "m": torch.randn(3, 4).t().contiguous(),
         "bf16": torch.ones(2, dtype=torch.bfloat16),
         "u8": torch.tensor([7], dtype=torch.uint8),
     }
-    folder = save(tmp_path, 12, tensors=tensors, state={"data": {"epoch": 3}})
+    pieces = WEIGHTS | {name: Piece(t) for name, t in tensors.items()}
+    folder = save(tmp_path, 12, pieces=pieces, state={"data": {"epoch": 3}})
     loaded = load_checkpoint(folder)
     assert (loaded.folder, loaded.step, loaded.state["data"]) == (folder, 12, {"epoch": 3})
-    assert all(torch.equal(loaded.tensors[n], t) and loaded.tensors[n].dtype == t.dtype for n, t in tensors.items())
+    assert sorted(loaded.names()) == sorted(pieces)
+    for name, piece in pieces.items():
+        found = loaded.read(name)
+        assert torch.equal(found, piece.tensor)
+        assert found.dtype == piece.tensor.dtype
+    assert torch.equal(loaded.read("model/w", 10, 20), torch.arange(10.0, 20.0))
+    with pytest.raises(UsageError, match="holds no model/other"):
+        loaded.read("model/other")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {"config.json", "model.safetensors", "trainer.json", "trainer.safetensors"}
 
@@ -81,7 +97,7 @@ def flip(path):
 
 
 DAMAGE = [
-    ("model.safetensors", cut, r"model\.safetensors has 462 bytes where 472 were written"),
+    ("model.safetensors", cut, r"model\.safetensors has 494 bytes where 504 were written"),
     ("model.safetensors", flip, r"contents of model\.safetensors have changed"),
     ("trainer.safetensors", flip, r"contents of trainer\.safetensors have changed"),
     ("trainer.json", lambda p: p.unlink(), r"trainer\.json is missing"),
@@ -89,7 +105,7 @@ DAMAGE = [
     ("manifest.json", cut, r"manifest\.json cannot be read"),
     ("manifest.json", lambda p: p.write_text('{"format": 1}'), r"manifest\.json cannot be read"),
     ("manifest.json", lambda p: p.write_text("[]"), r"manifest\.json cannot be read"),
-    ("manifest.json", lambda p: p.write_text('{"format": 9, "files": {}}'), r"has format 9, and .* reads format 1"),
+    ("manifest.json", lambda p: p.write_text('{"format": 9, "files": {}}'), r"has format 9, and .* reads format 2"),
 ]
 
 
@@ -172,6 +188,7 @@ def test_resolve_run_checkpoint_and_plain_folder(tmp_path):
     folder = save(run, 7)
     plain.mkdir()
     write_model(plain)
+    save_file({"w": torch.ones(1)}, plain / "model.safetensors")
     assert resolve_model_folder(run) == folder
     assert resolve_model_folder(run / "checkpoints") == folder
     assert resolve_model_folder(str(folder)) == folder
@@ -204,3 +221,64 @@ def test_resolve_refuses(tmp_path):
 def test_nothing_is_pickled(tmp_path):
     folder = save(tmp_path, 7)
     assert {os.path.splitext(p)[1] for p in os.listdir(folder)} == {".json", ".safetensors"}
+
+
+def save_sharded(run_dir, step, whole, ranks):
+    """As that many processes do, each with its rows; the main one waits for the others, so it is the last here."""
+    begin_checkpoint(run_dir, step)
+    cuts = [len(whole) * rank // ranks for rank in range(ranks + 1)]
+    for rank in reversed(range(ranks)):
+        rows = whole[cuts[rank] : cuts[rank + 1]]
+        pieces = {"model/w": Piece(rows, cuts[rank], len(whole))} if len(rows) else {}
+        if rank == 0:
+            pieces["optimizer/step/w"] = Piece(torch.tensor(3.0))
+        folder = save_checkpoint(
+            run_dir,
+            step,
+            write_model=write_model,
+            pieces=pieces,
+            state={},
+            keep=2,
+            sharded=True,
+            rank=rank,
+            ranks=ranks,
+        )
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_rows_of_several_processes_are_read_by_any_number(tmp_path, ranks):
+    whole = torch.randn(4, 3)  # fewer rows than processes, once
+    folder = save_sharded(tmp_path, 3, whole, ranks)
+    found = load_checkpoint(folder)
+    assert torch.equal(found.read("model/w"), whole)
+    assert torch.equal(found.read("model/w", 1, 3), whole[1:3])
+    assert found.read("optimizer/step/w") == 3
+    files = set(json.loads((folder / "manifest.json").read_text())["files"])
+    assert files == {"config.json", "trainer.json"} | {
+        f"shards/{rank:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)
+    }
+    flip(folder / f"shards/{ranks - 1:05d}-of-{ranks:05d}.safetensors")
+    with pytest.raises(UsageError, match=rf"contents of shards/{ranks - 1:05d}-of-{ranks:05d}\.safetensors have"):
+        load_checkpoint(folder)
+
+
+def test_the_main_process_waits_for_the_others(tmp_path):
+    begin_checkpoint(tmp_path, 1)
+    common = {"write_model": write_model, "state": {}, "keep": 2, "sharded": True, "ranks": 2}
+    writer = BackgroundWriter()
+    writer.start(lambda: save_checkpoint(tmp_path, 1, pieces=WEIGHTS, rank=0, **common))
+    time.sleep(0.3)
+    assert writer.poll() is None
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 1, pieces={}, rank=1, **common)
+    assert writer.wait() == latest_checkpoint(tmp_path).folder
+    assert writer.poll() is None
+
+
+def test_what_fails_in_the_background_is_raised_in_front(tmp_path):
+    writer = BackgroundWriter()
+    writer.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+    assert writer.wait() is None

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from flash_gsa.data import load_tokenizer
+from flash_gsa.errors import UsageError
 from flash_gsa.training.inputs import cache_folder, part_documents, prepare_inputs, recipe_tokenizer, text_parts
+from flash_gsa.training.recipe_file import parse_recipe, recipe_to_yaml
 
 
 def texts(recipe, part, tokenizer=None):
@@ -58,6 +60,96 @@ def test_bpe_never_sees_what_is_held_out(make_recipe, tmp_path):
     assert {word for word in words if word not in vocabulary} == held_out
 
 
+def weighted(tmp_path, *overrides):
+    """Overrides for two sources: the 24 documents of the recipe, and ten of another kind, three to one."""
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{i}" * 90}) + "\n" for i in range(10)))
+    first = f"{{source: {tmp_path}/text.jsonl, weight: 3}}"
+    return f"data.source=[{first}, {{source: [{tmp_path}/other.jsonl], weight: 1, name: digits}}]", *overrides
+
+
+def test_weighted_sources_are_trained_on_and_held_out_by_weight(make_recipe, tmp_path):
+    recipe = make_recipe(*weighted(tmp_path))
+    parts = text_parts(recipe, load_tokenizer("byte"))
+    assert [part.weight for part in parts.train] == [3, 1]
+    # Of the 400 bytes that are held out each source gives its share, up to the end of a document.
+    held_out = texts(recipe, "held_out")
+    digits = [text for text in held_out if text.isdigit()]
+    assert sum(map(len, digits)) == 180
+    assert 300 <= sum(len(text) for text in held_out if not text.isdigit()) < 450
+    assert len(texts(recipe, "train")) + len(held_out) == 34
+    documents = [parts.held_out_store.document(int(i)) for i in parts.held_out]
+    assert [bytes(ids[1:-1].tolist()).decode() for ids in documents] == held_out
+    labels = {parts.held_out_store.label(int(i)) for i in parts.held_out}
+    assert labels == {document.source for document in part_documents(recipe, parts, "held_out")}
+    assert labels == {"odd", "even", "digits"}
+
+
+def test_a_share_is_held_out_of_each_source_and_byte_counts_are_divided(make_recipe, tmp_path):
+    text = (tmp_path / "text.jsonl").read_text()
+    recipe = make_recipe(*weighted(tmp_path, "data.held_out=0.15"))
+    assert sum(map(str.isdigit, texts(recipe, "held_out"))) == 2
+    small = make_recipe(*weighted(tmp_path, "data.train_bytes=400"))
+    train = texts(small, "train")
+    assert sum(len(t) for t in train if t.isdigit()) == 180
+    assert 300 <= sum(len(t) for t in train if not t.isdigit()) < 450
+    few = make_recipe(*weighted(tmp_path, "data.max_bytes=1200", "data.held_out=100"))
+    everything = texts(few, "train") + texts(few, "held_out")
+    assert sum(t.isdigit() for t in everything) == 4  # 360 bytes: the document with which 300 are reached
+    assert len(everything) < 4 + text.count("\n")
+
+
+def test_batches_and_bytes_per_token_of_weighted_sources(make_recipe, tmp_path):
+    inputs = prepare_inputs(make_recipe(*weighted(tmp_path, "batch={rows: 40, length: 8}")))
+    batch = inputs.batches.batch(3)
+    rows = batch.input_ids.reshape(40, 8)
+    digits = ((rows >= 48) & (rows < 58)).any(1)
+    assert digits.sum() == 10
+    # Rows of digits score 90 bytes in 91 of their 92 tokens; the others as many bytes as tokens, but for the ends.
+    first, second = inputs.batches.parts
+    size, tokens = first.store.sizes(first.documents).sum(), first.store.lengths(first.documents).sum()
+    scored = 3 * (tokens - len(first.documents)) / tokens + 91 / 92
+    assert inputs.bytes_per_token == pytest.approx((3 * size / tokens + 90 / 92) / scored)
+    assert len(second.documents) == 8
+
+
+def test_all_documents_take_no_index(make_recipe, tmp_path):
+    (tmp_path / "valid.txt").write_text("a text of its own")
+    recipe = make_recipe("data.held_out=null", f"data.valid_source={tmp_path}/valid.txt")
+    (part,) = text_parts(recipe, load_tokenizer("byte")).train
+    assert part.documents is None
+
+
+def test_verify_compares_checksums(make_recipe, tmp_path):
+    prepare_inputs(make_recipe())
+    (shard,) = tmp_path.glob("cache/*/*.arrow")
+    contents = bytearray(shard.read_bytes())
+    contents[-100] ^= 1
+    shard.write_bytes(contents)
+    prepare_inputs(make_recipe())
+    with pytest.raises(UsageError, match="its sha256 is"):
+        prepare_inputs(make_recipe("data.verify=true"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("[{source: a, wieght: 1}]", r"data\.source\.0\.weight is missing"),
+        ("[{source: a, wieght: 1}]", r"unknown key data\.source\.0\.wieght"),
+        ("[{source: a, weight: 0}]", r"data\.source\.0\.weight: expected greater than 0, got 0"),
+        ("[{source: a, weight: 1}, b]", r"data\.source\.1: expected a section of keys, got 'b' \(text\)"),
+        ("{source: a, weight: 1}", r"data\.source: expected text or a list"),
+    ],
+)
+def test_weighted_sources_that_are_wrong(source, message, make_recipe):
+    with pytest.raises(UsageError, match=message):
+        make_recipe(f"data.source={source}")
+
+
+def test_a_recipe_with_weighted_sources_is_written_and_read(make_recipe, tmp_path):
+    recipe = make_recipe(*weighted(tmp_path))
+    assert parse_recipe(recipe_to_yaml(recipe)) == recipe
+
+
 def test_bytes_per_token(make_recipe):
     recipe = make_recipe()
     inputs = prepare_inputs(recipe)
@@ -75,11 +167,11 @@ def test_the_saved_tokenizer_is_taken(make_recipe, tmp_path):
 
 def test_held_out_bytes_can_be_limited(make_recipe):
     few = prepare_inputs(make_recipe("evaluation.max_bytes=200")).held_out
-    sizes = few.store.num_bytes[few.documents]
+    sizes = few.store.sizes(few.documents)
     assert 0 < sizes.sum() <= 200
     one = prepare_inputs(make_recipe("evaluation.max_bytes=1")).held_out
     every = prepare_inputs(make_recipe()).held_out
-    assert every.store.num_bytes[one.documents].tolist() == [every.store.num_bytes[every.documents].min()]
+    assert every.store.sizes(one.documents).tolist() == [every.store.sizes(every.documents).min()]
     assert len(every.documents) > len(few.documents)
 
 

@@ -1,16 +1,13 @@
-"""metrics.jsonl, TensorBoard, the picture and the display."""
+"""metrics.jsonl and loss.png."""
 
-import io
 import json
+from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from flash_gsa.errors import UsageError
-from flash_gsa.training import events
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
 from flash_gsa.training.plots import _smooth, plot_loss
-from flash_gsa.training.progress import ProgressDisplay
 
 
 def train_record(step, loss=2.0):
@@ -18,7 +15,7 @@ def train_record(step, loss=2.0):
 
 
 def write(run_dir, *records, **arguments):
-    writer = MetricsWriter(run_dir, **{"resume_step": None, "tensorboard": False} | arguments)
+    writer = MetricsWriter(run_dir, **{"resume_step": None} | arguments)
     for record in records:
         writer.write(record)
     writer.sync()
@@ -60,15 +57,22 @@ def test_what_is_not_a_number_is_never_written(tmp_path):
         json.loads(line)
 
 
-def test_tensorboard_shows_each_step_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_damaged_line_is_named(tmp_path):
+    write(tmp_path, train_record(1), train_record(2))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"kind": "train", "step": 2', "\0\0\0"))
+    with pytest.raises(UsageError, match=r"line 2 of .* is damaged"):
+        read_metrics(path)
+    path.write_text("[1, 2]\n")
+    with pytest.raises(UsageError, match=r"line 1 of .* is damaged"):
+        read_metrics(path)
 
-    write(tmp_path, train_record(1), train_record(2), train_record(3), tensorboard=True)
-    by_source = {"kind": "eval", "step": 3, "by_source": {"books": 1.5}}
-    write(tmp_path, train_record(3, 7.0), by_source, resume_step=2, tensorboard=True)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(s.step, s.value) for s in board.Scalars("train/loss")] == [(1, 2), (2, 2), (3, 7)]
-    assert [(s.step, s.value) for s in board.Scalars("eval/by_source/books")] == [(3, 1.5)]
+
+def test_trackers_are_told_what_the_file_is_told(tmp_path):
+    told = []
+    tracker = SimpleNamespace(write=told.append, flush=lambda: told.append("flush"), close=lambda: told.append("close"))
+    write(tmp_path, train_record(1), train_record(2), trackers=[tracker])
+    assert told == [train_record(1), train_record(2), "flush", "close"]
 
 
 @pytest.mark.parametrize("score", [{"loss": 1.9, "bits_per_byte": 2.1}, {"accuracy": 0.5}, None])
@@ -93,36 +97,3 @@ def test_nothing_to_draw(tmp_path):
     write(tmp_path)
     with pytest.raises(UsageError, match="no training step yet"):
         plot_loss(tmp_path)
-
-
-def show(terminal):
-    output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=100, color_system=None)
-    record = {"step": 7, "loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.412}
-    with ProgressDisplay(console) as display:
-        display(events.Preparing("preparing the data"))
-        display(events.Started("runs/x", 4, 2_500_000, 4096, "cpu (2 threads), fp32"))
-        for step in range(5, 8):
-            display(events.Stepped(record | {"step": step}, 100, 0.07, 83.0))
-        display(events.Evaluated({"step": 7, "loss": 2.4, "bits_per_byte": 1.7}))
-        display(events.Evaluated({"step": 7, "accuracy": 0.91}))
-        display(events.Saved("runs/x/checkpoints/step-00000007"))
-        display(events.Ended(7, "SIGTERM"))
-    return output.getvalue()
-
-
-def test_plain_lines_where_there_is_no_terminal():
-    lines = show(terminal=False).splitlines()
-    assert lines[0] == "preparing the data"
-    assert "2.50 M parameters, 4,096 tokens a step" in lines[1]
-    assert "going on after step 4" in lines[1]
-    assert "held out: loss 2.400, 1.700 bits per byte" in lines[-4]
-    assert "held out: accuracy 0.910" in lines[-3]
-    assert "Stopped by SIGTERM after step 7. The same command goes on" in lines[-1]
-    assert sum("tokens/s" in line for line in lines) <= 1  # at most one in ten seconds
-
-
-def test_a_bar_in_a_terminal():
-    text = show(terminal=True)
-    for part in ("step 7/100", "loss 2.500", "12,346 tokens/s  41% of peak", "1:23 left"):
-        assert part in text

@@ -24,7 +24,7 @@ optimizer: {lr: 3e-4, min_lr: 0}
 evaluation: {every: 5}
 checkpoints: {every: 5}
 """
-GIVEN = {"prose_15m": ["data.source=train.txt", "data.valid_source=valid.txt"]}
+GIVEN = {name: ["data.source=train.txt", "data.valid_source=valid.txt"] for name in ("prose_15m", "prose_100m")}
 
 
 def load(tmp_path, *overrides, text=BASE):
@@ -39,8 +39,14 @@ def test_shipped_recipes_are_valid_and_survive_writing(name):
     assert parse_recipe(recipe_to_yaml(recipe)) == recipe
 
 
-def test_there_are_the_three_recipes():
-    assert {"demo", "mqar_tiny", "prose_15m"} <= set(recipe_names())
+def test_recipes_are_listed():
+    assert {"demo", "mqar_tiny", "prose_15m", "prose_100m", "gsa_340m", "gsa_1.3b", "gsa_2.7b"} <= set(recipe_names())
+
+
+def test_data_may_stay_open_where_none_is_read():
+    assert load_recipe("prose_15m", data_named=False).batch.rows == 16
+    with pytest.raises(UsageError, match=r"data\.source must be given"):
+        load_recipe("prose_15m")
 
 
 def test_values_and_overrides(tmp_path):
@@ -70,20 +76,26 @@ REFUSED = [
     (["optimiser.lr=1"], r"unknown key optimiser\. Did you mean 'optimizer'\?"),
     (["data.sorce=x"], r"unknown key data\.sorce\. Did you mean 'source'\?"),
     (["zzz=1"], r"unknown key zzz\. Known at the top level: name, description"),
-    (["batch.zzz=1"], r"unknown key batch\.zzz\. Known in batch: rows, length, accumulation"),
+    (["batch.zzz=1"], r"unknown key batch\.zzz\. Known in batch: rows, length, micro_rows"),
     (["optimizer.lr=fast"], r"optimizer\.lr: expected a number, got 'fast' \(text\)"),
     (["batch.rows=2.5"], r"batch\.rows: expected a whole number, got 2\.5 \(a number\)"),
     (["batch.rows=true"], r"batch\.rows: expected a whole number, got True \(true/false\)"),
     (["batch.rows=0"], r"batch\.rows: expected greater than 0, got 0"),
     (["batch=3"], r"batch: expected a section of keys, got 3 \(a whole number\)"),
     (["batch.rows.x=3"], r"'batch\.rows\.x=3': batch\.rows is a single value"),
-    (["precision=fp16"], r"precision: expected 'auto', 'bf16' or 'fp32', got 'fp16'"),
+    (["precision=fp16"], r"precision: expected 'auto', 'bf16', 'fp32' or 'pure_bf16', got 'fp16'"),
     (["data.kind=images"], r"data\.kind must be text or mqar, got 'images'"),
     (["data.source=???"], r"data\.source must be given: set data\.source=… \(training text: stdlib"),
     (["schedule.steps=null"], r"give one of schedule\.steps, schedule\.tokens, schedule\.minutes"),
     (["schedule.tokens=100"], r"schedule gives steps and tokens; keep one of them: add schedule\.steps=null or"),
-    (["schedule.warmup_fraction=0.1"], r"give one of schedule\.warmup_steps and schedule\.warmup_fraction"),
-    (["schedule.warmup_steps=null"], r"give one of schedule\.warmup_steps and schedule\.warmup_fraction"),
+    (
+        ["schedule.warmup_fraction=0.1"],
+        r"give one of schedule\.warmup_steps, schedule\.warmup_tokens, schedule\.warmup_fraction",
+    ),
+    (
+        ["schedule.warmup_steps=null"],
+        r"give one of schedule\.warmup_steps, schedule\.warmup_tokens, schedule\.warmup_fraction",
+    ),
     (
         ["schedule={minutes: 1, warmup_fraction: 0.1}"],
         r"schedule\.warmup_fraction needs a known number of steps",

@@ -24,6 +24,7 @@ def test_steps_and_tokens():
     assert RunLength(ScheduleSection(steps=7, warmup_steps=2), BATCH).total_steps == 7
     length = RunLength(ScheduleSection(tokens=401, warmup_fraction=0.2), BATCH)
     assert (length.total_steps, length.warmup_steps) == (11, 2)
+    assert RunLength(ScheduleSection(tokens=401, warmup_tokens=41), BATCH).warmup_steps == 2
     assert not length.is_over(10)
     assert length.is_over(11)
     length.update(5, 1e9)

@@ -19,10 +19,11 @@ from flash_gsa.models import GSAForCausalLM
 from flash_gsa.models.flops import training_flops
 from flash_gsa.training import checkpoint as checkpoint_module
 from flash_gsa.training import events
-from flash_gsa.training.engine import Engine
+from flash_gsa.training.engine import Engine, checkpoint_blocks
 from flash_gsa.training.errors import TrainingStopped
 from flash_gsa.training.inputs import prepare_inputs
 from flash_gsa.training.metrics import read_metrics
+from flash_gsa.training.model import model_config
 from flash_gsa.training.optimizer import learning_rate
 from flash_gsa.training.recipe_file import load_recipe
 from flash_gsa.training.run_folder import open_run_folder
@@ -292,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_recipe):
     assert stop.checkpoint.name == f"step-{stop.step - 1:08d}"
     message = str(stop)
     assert re.search(rf"stopped at step {stop.step}: (loss nan|g contains NaN)", message)
-    assert f"batch {2 * (stop.step - 1)} of the stream of seed 0, with sequences that begin '" in message
+    assert f"batch {stop.step - 1} of the stream of seed 0, with sequences that begin '" in message
     assert f"{stop.checkpoint} is intact" in message
     assert [r["step"] for r in curve(stop.checkpoint.parent.parent)] == list(range(1, stop.step))
 
@@ -302,9 +303,9 @@ class BadGradient(Engine):
 
     calls = 0
 
-    def clip(self, parameters, max_norm):
+    def clip(self, max_norm):
         self.calls += 1
-        norm = super().clip(parameters, max_norm)
+        norm = super().clip(max_norm)
         return norm if self.calls < 3 else torch.full_like(norm, float("inf"))
 
 
@@ -322,7 +323,7 @@ def test_accumulation_weighs_every_token_the_same(make_recipe, tmp_path):
     The batches of a step have different numbers of scored tokens here, so a mean of means would differ.
     """
     one = train(make_recipe("batch={rows: 4, length: 16}", f"output_dir={tmp_path}/one"))
-    four = train(make_recipe("batch={rows: 1, length: 16, accumulation: 4}", f"output_dir={tmp_path}/four"))
+    four = train(make_recipe("batch={rows: 4, length: 16, micro_rows: 1}", f"output_dir={tmp_path}/four"))
     for a, b in zip(curve(one.run_dir), curve(four.run_dir), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -330,8 +331,16 @@ def test_accumulation_weighs_every_token_the_same(make_recipe, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(make_recipe, tmp_path):
     plain = train(make_recipe(f"output_dir={tmp_path}/plain"))
-    less = train(make_recipe("gradient_checkpointing=true", f"output_dir={tmp_path}/less"))
-    assert curve(plain.run_dir) == curve(less.run_dir)
+    for policy in ("all", "1", "2"):
+        less = train(make_recipe(f"engine.checkpointing={policy}", f"output_dir={tmp_path}/{policy}"))
+        assert curve(plain.run_dir) == curve(less.run_dir)
+
+
+def test_every_nth_block_is_checkpointed(make_recipe):
+    model = GSAForCausalLM(model_config(make_recipe("model.num_hidden_layers=5"), vocab_size=9))
+    for policy, chosen in (("none", []), ("all", [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2])):
+        checkpoint_blocks(model, policy)
+        assert [i for i, block in enumerate(model.model.layers) if block.gradient_checkpointing] == chosen
 
 
 def test_another_seed_is_another_run(make_recipe, tmp_path):
@@ -348,7 +357,9 @@ def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
     assert "model.num_slots: 4 there, 8 now" in str(caught.value)
     with pytest.raises(UsageError, match="already holds a run"):
         train(make_recipe(), existing="refuse")
-    harmless = make_recipe("description=other words", "checkpoints={every: 7, keep: 3}", "logging.tensorboard=true")
+    harmless = make_recipe(
+        "description=other words", "checkpoints={every: 7, keep: 3}", "logging.trackers=[tensorboard]"
+    )
     assert_same(train(harmless), uninterrupted)
     fresh = train(make_recipe("schedule.steps=3"), existing="overwrite")
     assert (fresh.step, checkpoints(fresh.run_dir)) == (3, ["step-00000003"])

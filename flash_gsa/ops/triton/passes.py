@@ -39,7 +39,7 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
 def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool, exchange):
     """`forward_pass` of a stretch of sequences: results, what the backward needs, and the states before the stretch.
 
-    exchange: from `flash_gsa.parallel.context`.
+    exchange: from `flash_gsa.parallel.exchange`.
     """
     plan = plan_for(q, k, v, g, s is not None, None)
     strength = g if s is None else s

@@ -1,0 +1,130 @@
+"""The memory that a dry run estimates beside what steps take: `python -m benchmarks.memory --output FILE`.
+
+    python -m benchmarks.memory --output benchmarks/results/memory.json
+    torchrun --nproc-per-node 2 -m benchmarks.memory --output benchmarks/results/memory_sharded.json
+
+Each configuration is a shipped recipe with overrides. Two steps are taken on made-up tokens, with the engine, model,
+loss and optimiser of a run, each step with two micro-batches where the recipe has more than one. Measured is the most
+that PyTorch had allocated, and what of the GPU is taken beside that. What runs out of memory is noted.
+"""
+
+import argparse
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_gsa.benchmarking.about import about, write
+from flash_gsa.data import NOT_SCORED, Batch
+from flash_gsa.models import GSAForCausalLM
+from flash_gsa.training.engines import open_engine
+from flash_gsa.training.estimate import GIB, estimate_memory, model_size
+from flash_gsa.training.model import model_config
+from flash_gsa.training.recipe import Recipe
+from flash_gsa.training.recipe_file import load_recipe
+from flash_gsa.training.step_memory import DOCUMENT
+from flash_gsa.training.trainer import step_loss
+
+# fmt: off
+ON_ONE = (
+    ("gsa_340m", "engine.kind=single"),
+    ("gsa_340m", "engine.kind=single", "engine.checkpointing=all"),
+    ("gsa_1.3b", "engine.kind=single", "model.num_hidden_layers=6"),
+    ("gsa_1.3b", "engine.kind=single", "batch.micro_rows=4", "precision=pure_bf16"),
+    ("gsa_1.3b", "engine.kind=single"),
+    ("gsa_2.7b", "engine.kind=single", "engine.checkpointing=all"),
+    ("prose_100m",),
+)
+ON_SEVERAL = (
+    ("gsa_340m",),
+    ("gsa_340m", "engine.kind=fsdp2"),
+    ("gsa_1.3b",),
+    ("gsa_1.3b", "engine.checkpointing=all"),
+    ("gsa_1.3b", "engine.kind=zero2"),
+)
+# fmt: on
+
+
+def measure(configuration: tuple[str, ...], processes: int) -> dict[str, Any]:
+    """The record of one configuration; `problem` says why there is no measurement."""
+    name, *overrides = configuration
+    recipe = load_recipe(name, overrides, data_named=False)
+    size = model_size(recipe)
+    estimate = estimate_memory(recipe, processes, size)
+    rows, count = recipe.batch.micro_batches(processes, recipe.engine.context)
+    record: dict[str, Any] = {
+        "recipe": name,
+        "overrides": overrides,
+        "processes": processes,
+        "tokens": rows * recipe.batch.length,
+        "estimated_bytes": estimate.tensors,
+        "estimated_outside_bytes": estimate.outside,
+        "problem": None,
+    }
+    started = time.monotonic()
+    try:
+        record["measured_bytes"] = _steps(recipe, size.vocabulary, rows, min(count, 2))
+    except torch.OutOfMemoryError:
+        record["problem"] = "out of memory"
+    # The frames of a step, and with them its tensors, are gone by now.
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    record["measured_outside_bytes"] = total - free - torch.cuda.memory_reserved()
+    return record | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _steps(recipe: Recipe, vocabulary: int, rows: int, micro_batches: int) -> int:
+    engine = open_engine(recipe)
+    torch.manual_seed(recipe.seed)
+    with engine.device:
+        model = GSAForCausalLM(model_config(recipe, vocabulary))
+    engine.prepare(model, recipe.optimizer)
+    tokens = rows * recipe.batch.length
+    starts = {*range(0, tokens + 1, recipe.batch.length), *range(DOCUMENT // 2, tokens, DOCUMENT)}
+    ids = torch.randint(vocabulary, (1, tokens), device=engine.device)
+    batch = Batch(ids, ids.roll(-1), torch.tensor(sorted(starts), dtype=torch.int32))
+    scored = engine.total(micro_batches * int((batch.targets != NOT_SCORED).sum()))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        losses = [
+            engine.accumulate(step_loss, batch, scored, last=i == micro_batches - 1) for i in range(micro_batches)
+        ]
+        engine.update(losses, 1e-4, recipe.optimizer.clip, seconds=0.0, stop=False)
+    return torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    """Measure all, print as it goes, write after each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--commit", help="of the code, where git cannot say it")
+    options = parser.parse_args()
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    launched = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    result: dict[str, Any] = {
+        "about": about(f"{launched} -m benchmarks.memory", "cuda", options.commit),
+        "rows": [],
+    }
+    for configuration in ON_ONE if processes == 1 else ON_SEVERAL:
+        record = measure(configuration, processes)
+        result["rows"].append(record)
+        if rank == 0:
+            told = record["problem"] or f"measured {record['measured_bytes'] / GIB:.2f} GiB"
+            outside = record["measured_outside_bytes"] / GIB
+            print(
+                f"{' '.join(configuration)}: estimated {record['estimated_bytes'] / GIB:.2f} GiB, {told}, "
+                f"beside it {outside:.2f} GiB; {record['seconds']} s",
+                flush=True,
+            )
+            write(result, options.output)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a shipped recipe is expected to take: the block in its head between `# <!-- expected -->` and `# <!-- end -->`.
+
+Memory is the estimate of a dry run. Time is the model's FLOPs over what H100s reach of their peak: the share measured
+by `flash-gsa bench train` on one of them (benchmarks/results/train_gpu.json), or while there is none the dry run's.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from flash_gsa.errors import UsageError
+from flash_gsa.training.dry_run import ASSUMED_SHARE, DryRun, dry_run, duration, peak_flops
+from flash_gsa.training.estimate import GIB, Size, model_size
+from flash_gsa.training.recipe import Recipe
+from flash_gsa.training.recipe_file import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+MEASURED = ROOT / "benchmarks" / "results" / "train_gpu.json"
+BLOCK = re.compile(r"(# <!-- expected -->\n).*?(# <!-- end -->)", re.DOTALL)
+GPU, MEMORY = "H100", 79 * GIB
+"""What PyTorch sees of an H100 with 80 GB."""
+COUNTS = (1, 8, 32)
+
+
+def recipes_with_heads() -> list[Path]:
+    """The files that have a block."""
+    return [path for path in sorted(RECIPES.glob("*.yaml")) if BLOCK.search(path.read_text(encoding="utf-8"))]
+
+
+def with_head(path: Path) -> str:
+    """The file's text, its block made anew."""
+    lines = "".join(f"# {line}".rstrip() + "\n" for line in _lines(path.stem))
+    return BLOCK.sub(lambda m: f"{m[1]}{lines}{m[2]}", path.read_text(encoding="utf-8"))
+
+
+def _lines(name: str) -> list[str]:
+    share, origin = _share()
+    peak = peak_flops(GPU)
+    assert peak is not None
+    recipe = load_recipe(name, data_named=False)
+    size = model_size(recipe)
+    rows = []
+    for count in (1,) if recipe.engine.kind == "single" else COUNTS:
+        run, said = _fitting(recipe, count, size)
+        time = duration(run.seconds(share * peak) or 0)
+        rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
+    return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin]
+
+
+def _sizes(run: DryRun) -> list[str]:
+    size = run.size
+    return [
+        f"Expected:  {size.parameters / 1e6:,.1f} M parameters, {size.embeddings / 1e6:.1f} M of them in embedding and "
+        f"output; {size.flops:.2g} FLOPs a token.",
+        f"           {run.tokens:,} tokens in {run.steps:,} steps of {run.recipe.batch.tokens:,}, {run.warmup_steps:,} "
+        "of them warm-up.",
+    ]
+
+
+def _fitting(recipe: Recipe, count: int, size: Size) -> tuple[DryRun, str]:
+    """The run on so many GPUs, and what has to be set for it."""
+    one = {"kind": "single"} if count == 1 else {}
+    for values in (one, one | {"checkpointing": "all"}):
+        engine = recipe.engine.model_copy(update=values)
+        run = dry_run(recipe.model_copy(update={"engine": engine}), count, size)
+        if run.memory.total <= MEMORY:
+            changed = {name: value for name, value in values.items() if getattr(recipe.engine, name) != value}
+            return run, " ".join(f"engine.{name}={value}" for name, value in changed.items())
+    raise UsageError(f"the recipe {recipe.name} fits {count} × {GPU} neither as it is nor with checkpointing")
+
+
+def _share() -> tuple[float, list[str]]:
+    """Of a GPU's peak, and where it is from."""
+    if MEASURED.exists():
+        steps = json.loads(MEASURED.read_text(encoding="utf-8"))["steps"]
+        found = [r["mfu"] for r in steps if r["implementation"] == "ours" and r.get("mfu") and r["T"] == 2048]
+        if found:
+            best = max(found)
+            return best, [
+                f"  Time: at {best:.0%} of the peak, measured by `flash-gsa bench train` with the 1.3B model on one;",
+                "  small models reach less, and what several GPUs lose to each other is not in it. Memory: estimated.",
+            ]
+    return ASSUMED_SHARE, [
+        f"  Time: at {ASSUMED_SHARE:.0%} of the peak, which is assumed and not measured; small models reach less.",
+        "  Memory: estimated; `flash-gsa train … --dry-run` tells its parts.",
+    ]

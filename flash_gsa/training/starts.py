@@ -1,0 +1,38 @@
+"""What a run ran on: about.json in its folder, one entry for each time it was started or resumed."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from flash_gsa.benchmarking.about import about, write
+
+STARTS_FILE = "about.json"
+
+
+def record_start(run_dir: Path, *, resume_step: int | None, device: str, engine: str) -> None:
+    """Adds this start to about.json: command, date, commit, device, versions (see `flash_gsa.benchmarking.about`).
+
+    Args:
+        resume_step: the step the run goes on from; None: it begins anew, and earlier starts are forgotten.
+        device: "cpu", "cuda" or "cuda:N", whose name is noted.
+        engine: how the run is spread over devices, in words.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    before = [] if resume_step is None else read_starts(run_dir)
+    start = {"step": resume_step or 0, "engine": engine, **about(_command(), device)}
+    write({"starts": [*before, start]}, run_dir / STARTS_FILE)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts of a run, in order; none where no about.json is."""
+    path = run_dir / STARTS_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "flash_gsa"] if program == "__main__.py" else [program]), *sys.argv[1:]])

@@ -1,0 +1,48 @@
+"""One of several processes that train together: `torchrun … -m tests.training.processes RECIPE RUN…`.
+
+Each RUN is a JSON object: {"overrides": […], "after": [folder, step]}; with "after", the run goes on from that
+checkpoint of another run, whose recipe it takes over. One run follows the other in the same processes, because
+starting them costs more than a run. What is refused leaves its message in DIR/refused-RANK.txt.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import flash_gsa.training.trainer as trainer
+from flash_gsa.errors import UsageError
+from flash_gsa.training.recipe_file import load_recipe
+
+
+def main(file: str, *runs: str) -> None:
+    torch.set_num_threads(1)
+    trainer.write_report = lambda run_dir: run_dir / "report.html"  # its pictures take longer than these runs
+    dist.init_process_group("gloo")  # which the runs share
+    for run in map(json.loads, runs):
+        recipe = load_recipe(file, run["overrides"])
+        folder = Path(recipe.output_dir)
+        if "after" in run and dist.get_rank() == 0:
+            go_on_from(Path(run["after"][0]), run["after"][1], folder)
+        dist.barrier()
+        try:
+            trainer.train(recipe)
+        except UsageError as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"refused-{dist.get_rank()}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def go_on_from(other: Path, step: int, folder: Path) -> None:
+    """A copy of another run as it was when the checkpoint of `step` had just been written."""
+    shutil.copytree(other, folder, ignore=shutil.ignore_patterns("refused*", ".lock"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name != f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

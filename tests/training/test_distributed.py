@@ -1,0 +1,218 @@
+"""Two processes on CPUs: every engine trains as one process does, and goes on from what any other has written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flash_gsa.errors import UsageError
+from flash_gsa.training.checkpoint import load_checkpoint
+from flash_gsa.training.engine import Engine
+from flash_gsa.training.engines import open_engine
+from flash_gsa.training.export import export, load_model
+from flash_gsa.training.metrics import read_metrics
+from flash_gsa.training.trainer import train
+
+from .processes import go_on_from
+
+KINDS = {
+    "ddp": ["engine.kind=ddp"],
+    "fsdp2": ["engine.kind=fsdp2"],
+    "hsdp": ["engine.kind=hsdp", "engine.replicas=2"],
+    "zero2": ["engine.kind=zero2"],
+    "zero3": ["engine.kind=zero3"],
+    "context": ["engine={kind: fsdp2, context: 2}"],
+    "more": ["engine={kind: fsdp2, checkpointing: 2}", "batch.micro_rows=2"],
+}
+# Sums are taken in another order; AdamW's first steps divide by the size of a gradient, also where that is rounding.
+SAME = {"rel": 2e-5, "abs": 2e-6}
+
+
+def launched(processes, *arguments, seconds=280, **environment):
+    """Runs tests.training.processes; returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tests.training.processes", *map(str, arguments)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=settings, timeout=seconds, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders by name: "one" by this process; each of KINDS by two; "A after B", which went on after B's step 4."""
+    from .conftest import write_tiny
+
+    folder = tmp_path_factory.mktemp("runs")
+    make = write_tiny(folder)
+    common = ["model.num_hidden_layers=2", "batch.micro_rows=1", "schedule.steps=7"]
+
+    def place(name):
+        return folder / name.replace(" ", "-")
+
+    train(make(*common, f"output_dir={place('one')}"))
+    asked = [{"overrides": [*common, *more, f"output_dir={place(name)}"]} for name, more in KINDS.items()]
+    for name, other in [
+        ("fsdp2", "one"),
+        ("zero3", "fsdp2"),
+        ("zero2", "zero3"),
+        ("ddp", "zero2"),
+        ("hsdp", "context"),
+    ]:
+        overrides = [*common, *KINDS[name], f"output_dir={place(f'{name} after {other}')}"]
+        asked.append({"overrides": overrides, "after": [str(place(other)), 4]})
+    asked.append({"overrides": [*common, *KINDS["fsdp2"], "batch.rows=3", f"output_dir={place('odd')}"]})
+    asked.append({"overrides": [*common, f"output_dir={place('single')}"]})
+    asked.append(
+        {
+            "overrides": [
+                *common,
+                *KINDS["zero2"],
+                "optimizer.lr=1e38",
+                "schedule.warmup_steps=0",
+                f"output_dir={place('nan')}",
+            ]
+        }
+    )
+    done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    for other in ("fsdp2", "zero3"):
+        go_on_from(place(other), 4, place(f"one after {other}"))
+        train(make(*common, f"output_dir={place(f'one after {other}')}"))
+    return lambda name: place(name)
+
+
+def figures(run_dir, kind):
+    return [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == kind]
+
+
+def assert_same(found, expected):
+    for kind, names in (("train", ("loss", "grad_norm", "lr", "bits_per_byte")), ("eval", ("loss", "bits_per_byte"))):
+        a, b = figures(found, kind), figures(expected, kind)
+        assert [r["step"] for r in a] == [r["step"] for r in b]
+        for name in names:
+            assert [r[name] for r in a] == pytest.approx([r[name] for r in b], **SAME)
+    for a, b in zip(figures(found, "eval"), figures(expected, "eval"), strict=True):
+        for name in ("by_source", "forgetting", "slot_entropy", "dead_slots"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one_does(runs, kind):
+    assert_same(runs(kind), runs("one"))
+    assert [r["devices"] for r in figures(runs(kind), "train")] == [2] * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_their_checkpoints_hold_the_same_weights_and_moments(runs, kind):
+    found, expected = (load_checkpoint(runs(name) / "checkpoints" / "step-00000007") for name in (kind, "one"))
+    assert sorted(found.names()) == sorted(expected.names())
+    for name in expected.names():
+        if not name.startswith("random/"):
+            torch.testing.assert_close(found.read(name), expected.read(name), rtol=1e-3, atol=1e-5)
+    shards = sorted(p.name for p in (found.folder / "shards").glob("*"))
+    sharded = kind in ("fsdp2", "context", "more")
+    assert shards == (["00000-of-00002.safetensors", "00001-of-00002.safetensors"] if sharded else shards)
+    assert (found.folder / "model.safetensors").exists() == (kind in ("ddp", "zero2", "zero3"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one after fsdp2",
+        "one after zero3",
+        "fsdp2 after one",
+        "zero3 after fsdp2",
+        "zero2 after zero3",
+        "ddp after zero2",
+        "hsdp after context",
+    ],
+)
+def test_any_engine_goes_on_from_any_others_checkpoint(runs, name):
+    assert_same(runs(name), runs("one"))
+
+
+def test_a_sharded_checkpoint_is_a_model(runs, tmp_path):
+    expected = load_file(runs("one") / "checkpoints" / "step-00000007" / "model.safetensors")
+    model = load_model(runs("fsdp2"))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-3, atol=1e-5)
+    export(runs("fsdp2"), tmp_path / "out", torch.bfloat16)
+    found = load_model(tmp_path / "out")
+    for a, b in zip(found.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def refusals(run_dir):
+    return [path.read_text() for path in sorted(run_dir.glob("refused-*.txt"))]
+
+
+def test_what_does_not_fit_the_processes_is_refused_by_each(runs):
+    for message in refusals(runs("odd")):
+        assert re.search(r"batch\.rows=3.*cannot be divided over 2 processes.*batch\.rows=[24]", message)
+    for message in refusals(runs("single")):
+        assert re.search(r"2 processes were started, and engine\.kind=single uses one", message)
+    assert len(refusals(runs("odd"))) == len(refusals(runs("single"))) == 2
+
+
+def test_what_is_not_finite_stops_every_process(runs):
+    messages = refusals(runs("nan"))
+    assert len(messages) == 2
+    for message in messages:
+        assert re.search(r"Training stopped at step \d: (loss|the held-out score|g contains)", message)
+
+
+def test_an_engine_of_several_processes_says_how_to_start_them(make_recipe, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for kind in ("ddp", "fsdp2", "zero2"):
+        with pytest.raises(UsageError, match=rf"engine\.kind={kind} needs processes.*torchrun --nproc-per-node"):
+            open_engine(make_recipe(f"engine.kind={kind}"))
+
+
+def test_without_deepspeed(make_recipe, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else find(name, *a))
+    with pytest.raises(UsageError, match=r"pip install flash-gsa\[deepspeed\].*engine\.kind=fsdp2"):
+        open_engine(make_recipe("engine.kind=zero3"))
+
+
+def test_more_processes_than_gpus(make_recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"4 processes were started on this machine, which has 2 GPU"):
+        open_engine(make_recipe("engine.kind=ddp", "device=cuda"))
+    with pytest.raises(UsageError, match=r"device=cuda:1 is one device"):
+        open_engine(make_recipe("engine.kind=ddp", "device=cuda:1"))
+
+
+def test_processes_that_do_not_find_each_other(make_recipe, tmp_path):
+    make_recipe()
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_gsa", "train", tmp_path / "tiny.yaml", "engine.kind=ddp", "engine.timeout=2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(r"Process 1 of 2 did not find the others at 127\.0\.0\.1:9 within \d+ s", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 120
+
+
+def test_one_process_is_the_default(make_recipe):
+    engine = open_engine(make_recipe())
+    assert type(engine) is Engine
+    assert (engine.rank, engine.ranks, engine.is_main) == (0, 1, True)
