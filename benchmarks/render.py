@@ -222,6 +222,30 @@ def context_parallel(result: dict[str, Any]) -> str:
     )
 
 
+def scaling(result: dict[str, Any]) -> str:
+    """Tokens a second of each configuration, and as many times those of one process."""
+    one = next(run for run in result["runs"] if run["processes"] == 1)
+    rows = []
+    for run in result["runs"]:
+        if run.get("problem"):
+            rows.append([run["name"], str(run["processes"]), run["problem"], "", "", "", ""])
+            continue
+        rows.append(
+            [
+                run["name"],
+                str(run["processes"]),
+                f"{run['tokens_per_second']:,.0f}",
+                f"{run['tokens_per_second'] / one['tokens_per_second']:.2f}",
+                "" if run["mfu"] is None else f"{run['mfu']:.0%}",
+                f"{run['peak_bytes'] / 2**30:.1f}",
+                f"{run['data_share']:.2%}",
+            ]
+        )
+    heads = ["engine", "GPUs", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
+    title = f"`{result['recipe']}`, {one['tokens_a_step']:,} tokens a step and GPU:"
+    return "\n\n".join([title, table(heads, rows), told(result["about"])])
+
+
 def memory(result: dict[str, Any]) -> str:
     rows = []
     for r in result["rows"]:
@@ -257,6 +281,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "context_parallel": context_parallel,
     "memory": memory,
     "memory_sharded": memory,
+    "scaling": scaling,
     "test_gpu": gpu_tests,
     "test_gpu_limits": gpu_tests,
 }

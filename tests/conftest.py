@@ -1,9 +1,12 @@
 """What every test shares: one thread, a fixed seed, and the devices there are."""
 
+import os
+import shutil
 import signal
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest_plugins = ["tests.record"]  # --record FILE
 
@@ -22,6 +25,19 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder that `make(folder)` filled: once, however many processes of pytest-xdist ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

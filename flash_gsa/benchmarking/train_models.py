@@ -121,7 +121,7 @@ class Ours(Trained):
 
     name = "ours"
     variants = ("plain", "compiled", "graph")
-    small_loss = {"plain_limit": 1 << 14}  # noqa: RUF012
+    small_loss = {"at_once": 1 << 14}  # noqa: RUF012
 
     def config(self, size: Size, variant: str, **more: Any) -> Any:
         return size.config(**more)

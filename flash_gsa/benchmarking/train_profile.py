@@ -31,15 +31,16 @@ CATEGORIES: tuple[tuple[str, str, str], ...] = (
     ("operator", "", OPERATOR),
     ("around the operator", "", r"^(silu|gates|norm)_(forward|backward)\b"),
     ("compiled by Inductor", "", r"^triton_"),
-    ("norms", "", r"rms_?norm|layer_?norm|GammaBeta|RMSNorm"),
+    ("between an MLP's products", "", r"^swiglu_(forward|backward)\b"),
+    ("norms", "", r"^add_norm_(forward|backward)\b|rms_?norm|layer_?norm|GammaBeta|RMSNorm"),
     ("copies and fills", "", r"memcpy|memset|copy|fill"),
     ("elementwise", "", r"elementwise|reduce|aten::"),
     ("other", "", ""),
 )
 """(category, part of the step or "" for any, pattern in a kernel's name); the first that fits holds.
 
-The operator and what surrounds it are this package's Triton kernels by their names; `gates_backward`, which both have,
-counts with the operator.
+The operator, what surrounds it, what is between an MLP's products, and some of the norms are this package's Triton
+kernels by their names; `gates_backward`, which both have, counts with the operator.
 """
 
 

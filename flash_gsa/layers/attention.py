@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .linears import projections
 from .rotary import count_tokens, rotate, rotation
 
 
@@ -84,9 +85,7 @@ class SoftmaxAttention(nn.Module):
     ) -> Tensor:
         """Mix over time: x [B, T, d] → [B, T, d]; arguments as for `GatedSlotAttention.forward`."""
         B, T, _ = x.shape
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections(x, self.q_proj, self.k_proj, self.v_proj))
 
         past = None if cache is None else cache.get(self.layer_idx)
         if cu_seqlens is not None and cache is not None:

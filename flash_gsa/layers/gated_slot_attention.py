@@ -12,6 +12,7 @@ from ..ops import abc_gates_step, gated_slot_attention_step
 from ..ops.pointwise import log_gates, silu_each
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
+from .linears import normed_projection, projections
 from .norm import RMSNorm, SiluRMSNorm
 from .sequences import WholeSequences
 
@@ -199,7 +200,7 @@ class GatedSlotAttention(nn.Module):
         if cache is not None:
             cache[self.layer_idx] = carry | {"state": state}
         y = self.output_activation(o.flatten(-2))
-        return self.o_proj(y if self.g_norm is None else self.g_norm(y))
+        return self.o_proj(y) if self.g_norm is None else normed_projection(y, self.g_norm, self.o_proj)
 
     def project(
         self,
@@ -219,8 +220,9 @@ class GatedSlotAttention(nn.Module):
         carry = {} if carry is None else carry
         if attention_mask is not None:
             x = x * attention_mask[..., None].to(x.dtype)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        logits = self._gate_logits(x, k)
+        maps = [self.q_proj, self.k_proj, self.v_proj]
+        q, k, v, *f = projections(x, *maps if self.f_proj is None else (*maps, self.f_proj))
+        logits = self._gate_logits(k, *f)
         if self.use_short_conv:
             tails = (None, None, None) if past is None else past["conv"]
             q, q_tail = self.q_conv1d(q, tail=tails[0], cu_seqlens=cu_seqlens)
@@ -238,13 +240,11 @@ class GatedSlotAttention(nn.Module):
         g, s = self._gates(logits, attention_mask, cu_seqlens, past, carry)
         return q, k, v, g.expand(*x.shape[:2], -1, -1), s
 
-    def _gate_logits(self, x: Tensor, k: Tensor) -> Tensor:
+    def _gate_logits(self, k: Tensor, f: Tensor | None = None) -> Tensor:
         """[B, T, H, M], or [H, M] where they are the same for every token."""
         if self.gating == "data_independent":
             return self.f_bias
-        if self.f_proj is not None:
-            f = self.f_proj(x)
-        else:
+        if f is None:
             f = F.adaptive_avg_pool1d(k, self.num_kv_heads * self.num_slots)
         return f.unflatten(-1, (self.num_kv_heads, self.num_slots))
 

@@ -11,6 +11,7 @@ from ..errors import UsageError, did_you_mean
 from ..ops import gated_linear_attention_step
 from .convolution import ShortConvolution
 from .feature_maps import FEATURE_MAPS
+from .linears import projections
 from .norm import RMSNorm
 from .sequences import WholeSequences
 
@@ -141,6 +142,11 @@ class LinearAttentionMixer(nn.Module):
         if cache is not None:
             cache[self.layer_idx] = carry | {"state": state}
         return self.output(o, x)
+
+    def _projected(self, x: Tensor, *names: str) -> dict[str, Tensor]:
+        """x through each `<name>_proj`."""
+        maps = (getattr(self, f"{name}_proj") for name in names)
+        return dict(zip(names, projections(x, *maps), strict=True))
 
     def _convolved(self, inputs: dict[str, Tensor], cu_seqlens, past, carry: dict[str, Any] | None) -> list[Tensor]:
         """Each named projection [B, T, D] through its convolution `<name>_conv1d`, if the mixer has convolutions."""

@@ -1,9 +1,9 @@
-"""RMSNorm that follows the dtype of its input, alone and after SiLU."""
+"""RMSNorm that follows the dtype of its input: alone, after SiLU, after a sum."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.pointwise import silu_norm
+from ..ops.pointwise import add_norm, silu_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -33,3 +33,18 @@ class SiluRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return silu_norm(x, self.weight, self.epsilon)
+
+
+class AddRMSNorm(RMSNorm):
+    """h = x + b and RMSNorm(h): the residual stream with a branch added, and what the next branch reads of it.
+
+    x, b [..., D] → both [..., D]: on a GPU one pass over memory. Without a branch h is x. Whoever goes on from the h
+    that is returned, instead of from x, has both gradients of x added up in one pass.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__(dim, eps=eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return add_norm(x, branch, self.weight, self.epsilon)

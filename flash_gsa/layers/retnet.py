@@ -75,8 +75,7 @@ class MultiScaleRetention(LinearAttentionMixer):
 
     def project(self, x, *, attention_mask=None, cu_seqlens=None, past=None, carry=None):
         x = without_padding(x, attention_mask)
-        projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
-        q, k, v = self._convolved(projected, cu_seqlens, past, carry)
+        q, k, v = self._convolved(self._projected(x, "q", "k", "v"), cu_seqlens, past, carry)
         q, k, v = self.feature_map(self._queries(q)), self.feature_map(self._keys(k)), self._values(v)
 
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

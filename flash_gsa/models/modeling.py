@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,6 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..errors import UsageError
 from ..layers import HGRN2, MIXERS, GatedSlotAttention, RMSNorm, ShortConvolution
 from ..layers.hgrn2 import lower_bounds
+from ..layers.linears import is_product
+from ..layers.norm import AddRMSNorm
+from ..ops.linears import swiglu_mlp
+from ..ops.pointwise import swiglu
 from .cache import GSACache
 from .configuration import GSAConfig
 
@@ -26,7 +29,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        maps = self.gate_proj, self.up_proj, self.down_proj
+        if all(is_product(linear) for linear in maps):
+            return swiglu_mlp(x, *(linear.weight for linear in maps))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class GSABlock(GradientCheckpointingLayer):
@@ -34,9 +40,9 @@ class GSABlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GSAConfig, layer_idx: int):
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn_norm = AddRMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = MIXERS[config.mixer_of(layer_idx)](config, layer_idx)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = AddRMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
@@ -48,8 +54,10 @@ class GSABlock(GradientCheckpointingLayer):
         lower_bound: Tensor | None = None,
     ) -> Tensor:
         own = {} if lower_bound is None else {"lower_bound": lower_bound}  # only HGRN2 layers are given one
-        x = x + self.attn(self.attn_norm(x), attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache, **own)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.attn_norm(x)
+        mixed = self.attn(normed, attention_mask=attention_mask, cu_seqlens=cu_seqlens, cache=cache, **own)
+        x, normed = self.mlp_norm(x, mixed)
+        return x + self.mlp(normed)
 
 
 class GSAPreTrainedModel(PreTrainedModel):

@@ -1,4 +1,4 @@
-"""What surrounds the operator in a layer: activations before it, its gates, activation and norm after it.
+"""What lies between the products and the operator of a block: activations, gates, norms, sums.
 
 Each is little arithmetic on much memory, so what counts is how often a number is read and written. On a GPU each
 function here is one Triton kernel forward and one backward; elsewhere, in float64, and under torch.compile, which fuses
@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
         raise
     kernels = None  # type: ignore[assignment]
 
-# A row of `silu_norm` is held in registers as a whole.
+# A row of a norm is held in registers as a whole.
 WIDEST_ROW = 8192
 
 _separately = ContextVar("separately", default=False)
@@ -37,7 +37,7 @@ def silu_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Tensors of the same shapes and dtypes.
     """
-    if not _fused(q, k, v):
+    if not uses_kernels(q, k, v):
         return F.silu(q), F.silu(k), F.silu(v)
     return kernels.silu_each(q, k, v)
 
@@ -52,7 +52,7 @@ def log_gates(logits: Tensor, normalizer: float) -> Tensor:
     Returns:
         g ≤ 0, float32, of the same shape.
     """
-    if not _fused(logits):
+    if not uses_kernels(logits):
         return F.logsigmoid(logits.float()) / normalizer
     return kernels.log_gates(logits, normalizer)
 
@@ -69,10 +69,44 @@ def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         y [..., D] in x's dtype. The kernel computes in float32 throughout; the weight's gradient is summed in a fixed
         order, so that the same call gives the same bits.
     """
-    if x.shape[-1] > WIDEST_ROW or not _fused(x):
+    if x.shape[-1] > WIDEST_ROW or not uses_kernels(x):
         # A weight of another dtype would keep PyTorch from its fused norm.
         return F.rms_norm(F.silu(x), x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
     return kernels.silu_norm(x, weight, eps)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """A sum and its RMSNorm over the last dimension: h = x + b and y = h / √(mean(h²) + ε) ∘ w.
+
+    What is fused besides is the backward: the gradient of h from elsewhere is added where that of the norm is written.
+    For that alone it may be called without a branch.
+
+    Args:
+        x: [..., D], floating point.
+        branch: b [..., D], or None for h = x.
+        weight: w [D], or None for no weight.
+        eps: ε.
+
+    Returns:
+        h and y [..., D], in the dtype of x + b. Kept for the backward are h and a number a row. The weight's gradient
+        is summed in a fixed order.
+    """
+    summands = (x,) if branch is None else (x, branch)
+    if x.shape[-1] > WIDEST_ROW or not uses_kernels(*summands) or summands[-1].shape != x.shape:
+        h = x if branch is None else x + branch
+        return h, F.rms_norm(h, h.shape[-1:], None if weight is None else weight.to(h.dtype), eps)
+    return kernels.add_norm(x, branch, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) ∘ up, in their dtype; kept for the backward are the two.
+
+    Args:
+        gate, up: floating-point tensors of one shape and dtype.
+    """
+    if not uses_kernels(gate, up) or (gate.shape, gate.dtype) != (up.shape, up.dtype):
+        return F.silu(gate) * up
+    return kernels.swiglu(gate, up)
 
 
 @contextmanager
@@ -85,7 +119,8 @@ def separate() -> Iterator[None]:
         _separately.reset(before)
 
 
-def _fused(*tensors: Tensor) -> bool:
+def uses_kernels(*tensors: Tensor) -> bool:
+    """Whether a function of these is a kernel here and now, and no equation in PyTorch."""
     if torch.compiler.is_compiling() or _separately.get():
         return False
     return all(runs_on(x) for x in tensors)

@@ -46,9 +46,11 @@ class Distributed(Engine):
 
     def __init__(self, device: str, precision: str, section: EngineSection) -> None:
         _check_start(section.kind, device)
-        if torch.cuda.is_available() and device == "auto":
+        if torch.cuda.is_available() and device in ("auto", "cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         super().__init__(device, precision, section)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self._started = not dist.is_initialized()
         _start(self.device, section.timeout)
         self.rank, self.ranks, self.context = dist.get_rank(), dist.get_world_size(), section.context

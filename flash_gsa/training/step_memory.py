@@ -28,6 +28,7 @@ from flash_gsa.layers import norm
 from flash_gsa.layers.sequences import WholeSequences
 from flash_gsa.models import GSAConfig, GSAForCausalLM
 from flash_gsa.models import loss as losses
+from flash_gsa.ops import pointwise
 from flash_gsa.ops.triton.tiles import choose
 from flash_gsa.training.engine import checkpoint_blocks
 
@@ -167,9 +168,17 @@ def _sizes_only() -> Iterator[None]:
         (gsa_layer, "silu_each", lambda q, k, v: tuple(_Same.apply(x) for x in (q, k, v))),
         (gsa_layer, "log_gates", lambda f, _: _Gates.apply(f)),
         (norm, "silu_norm", lambda x, weight, _: _Norm.apply(x, weight)),
+        (norm, "add_norm", lambda x, branch, weight, _: _AddNorm.apply(x, branch, weight)),
+        # What keeps less around products is the real thing, but for the kernels in it.
+        (pointwise, "uses_kernels", lambda *_: True),
+        (pointwise, "kernels", _Kernels),
         (F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight)),
         # On a CPU it would look for targets that are not scored.
         (losses, "_rows", lambda hidden, targets: (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))),
+        (losses, "_fused", lambda _: True),
+        (losses, "_row_losses", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.float32)),
+        (losses, "_add_product", lambda *_: None),
+        (losses, "_scaled", lambda x, _, dtype: torch.empty_like(x, dtype=dtype)),
     )
     with ExitStack() as stack:
         for module, name, stand_in in replaced:
@@ -274,6 +283,43 @@ class _Gates(Function):
     @staticmethod
     def backward(ctx, dg):
         return torch.empty_like(ctx.saved_tensors[0])
+
+
+class _Kernels:
+    """Around products."""
+
+    @staticmethod
+    def swiglu_product(gate, up):
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def swiglu_gradients(gate, up, dproduct, again, last_use):
+        return gate, up
+
+    @staticmethod
+    def silu_normed(x, weight, eps):
+        return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @staticmethod
+    def silu_norm_gradients(x, weight, inverse, dy, again):
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class _AddNorm(Function):
+    """A sum and its RMSNorm by one kernel: keeps the sum and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight):
+        total = x if branch is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
+        ctx.save_for_backward(total, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        return total, torch.empty_like(total)
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        total, weight, _ = ctx.saved_tensors
+        dx = torch.empty_like(total)
+        return *(None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes), torch.empty_like(weight)
 
 
 class _Norm(Function):

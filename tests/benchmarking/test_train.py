@@ -258,6 +258,8 @@ def test_fla_has_the_parameters_of_ours():
         ("forward", "prepare", "operator"),
         ("backward", "values_backward", "operator"),
         ("backward", "silu_backward", "around the operator"),
+        ("backward", "swiglu_backward", "between an MLP's products"),
+        ("forward", "add_norm_forward", "norms"),
         ("forward", "triton_poi_fused_mul_silu_0", "compiled by Inductor"),
         ("backward", "void at::native::(anonymous namespace)::cuComputePartGradGammaBeta<float>", "norms"),
         ("forward", "Memcpy DtoD (Device -> Device)", "copies and fills"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from flash_gsa import GatedSlotAttention, gated_slot_attention
 from flash_gsa.layers import sequences
 from flash_gsa.ops import gates, pointwise
-from flash_gsa.ops.pointwise import WIDEST_ROW, log_gates, silu_each, silu_norm
+from flash_gsa.ops.pointwise import WIDEST_ROW, add_norm, log_gates, silu_each, silu_norm, swiglu
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -36,8 +36,8 @@ def _device_there(request):
 def fused(monkeypatch):
     """Counts what the kernels are given; a test that needs them must find that it got them."""
     calls = []
-    right = pointwise._fused
-    monkeypatch.setattr(pointwise, "_fused", lambda *x: right(*x) and (calls.append(x) or True))
+    right = pointwise.uses_kernels
+    monkeypatch.setattr(pointwise, "uses_kernels", lambda *x: right(*x) and (calls.append(x) or True))
     return calls
 
 
@@ -61,7 +61,7 @@ def check(function, inputs, outgoing, fused, monkeypatch):
     """As near to float64 as its equation in PyTorch is, element by element and as a whole."""
     found = results(function, inputs, outgoing, inputs[0].dtype)
     assert fused
-    monkeypatch.setattr(pointwise, "_fused", lambda *x: False)
+    monkeypatch.setattr(pointwise, "uses_kernels", lambda *x: False)
     usual = results(function, inputs, outgoing, inputs[0].dtype)
     exact = results(function, inputs, outgoing, torch.float64)
     for i, (got, plain, want) in enumerate(zip(found, usual, exact, strict=True)):
@@ -127,6 +127,69 @@ def test_norm(device, dtype, with_weight, shape, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 48), (3, 1), (40, 33), (3, 2560)], ids=str)
+def test_sum_and_norm(device, dtype, with_weight, with_branch, shape, fused, monkeypatch):
+    x, branch, dh, dy = (normal(*shape, seed=seed, dtype=dtype, device=device) for seed in range(4))
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)  # spread over memory
+    inputs = [x] + [branch] * with_branch
+    if with_weight:
+        inputs.append(1 + 0.3 * torch.randn(shape[-1], dtype=dtype, device=device))
+
+    def function(x, *others):
+        others = [*others] if with_branch else [None, *others]
+        return add_norm(x, *others, *[None] * (not with_weight), 1e-5)
+
+    check(function, inputs, [dh, dy], fused, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_result_of_sum_and_norm_is_enough(device, wanted, fused, monkeypatch):
+    inputs = [normal(6, 40, seed=seed, device=device) for seed in (0, 1)] + [torch.rand(40, device=device)]
+    dy = normal(6, 40, seed=2, device=device)
+
+    def function(x, branch, weight):
+        return add_norm(x, branch, weight, 1e-5)[wanted] + 0 * weight
+
+    check(function, inputs, [dy], fused, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_branch_may_have_fewer_digits_than_the_residual_stream(device, fused):
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    x, branch = normal(4, 48, device=device).requires_grad_(), normal(4, 48, seed=1, dtype=dtype, device=device)
+    branch.requires_grad_()
+    h, y = add_norm(x, branch, None, 1e-6)
+    assert fused
+    assert (h.dtype, y.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(h, x + branch)
+    (h + y).sum().backward()
+    assert torch.equal(branch.grad, x.grad.to(dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_norm_is_that_of_the_sum_as_it_is_kept(device, fused):
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    x, branch = (normal(9, 64, seed=seed, dtype=dtype, device=device) for seed in (0, 1))
+    h, y = add_norm(x, branch, None, 1e-6)
+    again, z = add_norm(h, None, None, 1e-6)
+    assert len(fused) == 2
+    assert torch.equal(h, x + branch)
+    assert again is h
+    assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(device, dtype, fused, monkeypatch):
+    gate, up, dy = (normal(300, 3, 7, seed=seed, dtype=dtype, device=device) for seed in range(3))
+    check(swiglu, [gate, up.transpose(0, 1).contiguous().transpose(0, 1)], [dy], fused, monkeypatch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_norm_s_weight_may_have_more_digits_than_its_input(device, fused):
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     x, weight = normal(4, 48, dtype=dtype, device=device), torch.rand(48, device=device, requires_grad=True)
@@ -158,7 +221,8 @@ def test_rows_of_zeros_and_of_huge_numbers(device, fused):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("D", [48, 1025])
-def test_gradient_of_a_norm_s_weight_is_the_same_twice(device, D, fused, monkeypatch):
+@pytest.mark.parametrize("activation", [F.silu, None], ids=["SiLU", "sum"])
+def test_gradient_of_a_norm_s_weight_is_the_same_twice(device, D, activation, fused, monkeypatch):
     """More rows than programs share; what uninitialised memory holds has no part in it."""
     rows = 16_384
     if INTERPRETED:
@@ -170,13 +234,13 @@ def test_gradient_of_a_norm_s_weight_is_the_same_twice(device, D, fused, monkeyp
     try:
         for _ in range(2):
             weight = torch.full((D,), 2.0, device=device, requires_grad=True)
-            y = silu_norm(x, weight, 1e-6)
+            y = silu_norm(x, weight, 1e-6) if activation else add_norm(x, None, weight, 1e-6)[1]
             found.append(torch.autograd.grad((y * x).sum(), weight)[0])
     finally:
         torch.use_deterministic_algorithms(False)
     assert fused
     assert torch.equal(*found)
-    a = F.silu(x.double())
+    a = F.silu(x.double()) if activation else x.double()
     want = (a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt() * x).sum(0)
     torch.testing.assert_close(found[0].double(), want, rtol=1e-4, atol=1e-4)
 
@@ -186,7 +250,8 @@ def test_without_gradients_nothing_is_kept(device, fused):
     x, weight = normal(4, 48, device=device), torch.ones(48, device=device, requires_grad=True)
     with torch.no_grad():
         outputs = [*silu_each(x, x, x), log_gates(x, 8.0), silu_norm(x, weight, 1e-6)]
-    assert len(fused) == 3
+        outputs += [*add_norm(x, x, weight, 1e-6), swiglu(x, x)]
+    assert len(fused) == 5
     assert not any(y.requires_grad for y in outputs)
     assert all(y.grad_fn is not None for y in (silu_norm(x, weight, 1e-6), *silu_each(x, weight, x)))
 
@@ -198,8 +263,11 @@ def test_what_no_kernel_takes_is_computed_all_the_same(device, fused):
     for x in (wide, empty, double):
         y = silu_norm(x, None, 1e-6)
         torch.testing.assert_close(y, F.rms_norm(F.silu(x), x.shape[-1:], None, 1e-6))
+        h, y = add_norm(x, x, None, 1e-6)
+        torch.testing.assert_close((h, y), (2 * x, F.rms_norm(2 * x, x.shape[-1:], None, 1e-6)))
     for x in (empty, double):
         assert silu_each(x, x, x)[2].dtype == x.dtype
+        assert torch.equal(swiglu(x, x), F.silu(x) * x)
         assert log_gates(x, 2.0).dtype == torch.float32
     assert not fused
 
@@ -207,7 +275,8 @@ def test_what_no_kernel_takes_is_computed_all_the_same(device, fused):
 @pytest.mark.parametrize("device", DEVICES)
 def test_torch_compile_sees_the_equations(device, fused):
     def all_of_them(x, weight):
-        return *silu_each(x, x, x), log_gates(x, 8.0), silu_norm(x, weight, 1e-6)
+        norms = silu_norm(x, weight, 1e-6), *add_norm(x, x, weight, 1e-6)
+        return *silu_each(x, x, x), log_gates(x, 8.0), *norms, swiglu(x, x)
 
     x, weight = normal(4, 48, device=device), torch.rand(48, device=device)
     found = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")(x, weight)
@@ -256,7 +325,7 @@ def layer(options, T, device):
 def compare_layer(mixer, x, mask, fused, monkeypatch, rtol):
     found = layer_results(mixer, x, mask)
     assert fused
-    monkeypatch.setattr(pointwise, "_fused", lambda *x: False)
+    monkeypatch.setattr(pointwise, "uses_kernels", lambda *x: False)
     monkeypatch.setattr(gates, "runs_on", lambda x: False)
     for got, want in zip(found, layer_results(mixer, x, mask), strict=True):
         assert got.dtype == want.dtype

@@ -1,7 +1,8 @@
-"""Train by a recipe although kill -9 comes at random: `python -m tests.training.killed RECIPE SEED KILLS OVERRIDE…`.
+"""Train by a recipe although kill -9 comes at random: `… -m tests.training.killed RECIPE SEED KILLS LONGEST OVERRIDE…`.
 
-Each try is a process of its own (a fork, so that nothing is imported anew), killed after a random time, until so many
-were; the next is left alone. The last line printed is how many checkpoints there were at each kill.
+Each try is a process of its own (a fork, so that nothing is imported anew), killed after a random time of at most
+LONGEST seconds, until so many were; the next is left alone. The last line printed is how many
+checkpoints there were at each kill.
 """
 
 import os
@@ -17,7 +18,7 @@ from flash_gsa.training.recipe_file import load_recipe
 from flash_gsa.training.trainer import train
 
 
-def main(file: str, seed: int, kills: int, *overrides: str) -> None:
+def main(file: str, seed: int, kills: int, longest: float, *overrides: str) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(file, list(overrides))
     folder, when = Path(recipe.output_dir) / "checkpoints", random.Random(seed)
@@ -29,7 +30,7 @@ def main(file: str, seed: int, kills: int, *overrides: str) -> None:
             train(recipe)
             os._exit(0)
         if turn < kills:
-            time.sleep(when.uniform(0.02, 0.5))
+            time.sleep(when.uniform(0.04 * longest, longest))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -40,4 +41,4 @@ def main(file: str, seed: int, kills: int, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), *sys.argv[5:])

@@ -21,7 +21,8 @@ from flash_gsa.training.recipe_file import load_recipe
 def main(file: str, *runs: str) -> None:
     torch.set_num_threads(1)
     trainer.write_report = lambda run_dir: run_dir / "report.html"  # its pictures take longer than these runs
-    dist.init_process_group("gloo")  # which the runs share
+    # Which the runs share.
+    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     for run in map(json.loads, runs):
         recipe = load_recipe(file, run["overrides"])
         folder = Path(recipe.output_dir)

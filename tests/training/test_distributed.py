@@ -1,5 +1,6 @@
 """Two processes on CPUs: every engine trains as one process does, and goes on from what any other has written."""
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from flash_gsa.training.export import export, load_model
 from flash_gsa.training.metrics import read_metrics
 from flash_gsa.training.trainer import train
 
+from ..conftest import made_once
+from .conftest import write_tiny
 from .processes import go_on_from
 
 KINDS = {
@@ -30,6 +33,7 @@ KINDS = {
     "context": ["engine={kind: fsdp2, context: 2}"],
     "more": ["engine={kind: fsdp2, checkpointing: 2}", "batch.micro_rows=2"],
 }
+AFTER = [("fsdp2", "one"), ("zero3", "fsdp2"), ("zero2", "zero3"), ("ddp", "zero2"), ("hsdp", "context")]
 # Sums are taken in another order; AdamW's first steps divide by the size of a gradient, also where that is rounding.
 SAME = {"rel": 2e-5, "abs": 2e-6}
 
@@ -45,45 +49,30 @@ def launched(processes, *arguments, seconds=280, **environment):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders by name: "one" by this process; each of KINDS by two; "A after B", which went on after B's step 4."""
-    from .conftest import write_tiny
+    folder = made_once(tmp_path_factory, "distributed", make_runs)
+    return lambda name: folder / name.replace(" ", "-")
 
-    folder = tmp_path_factory.mktemp("runs")
+
+def make_runs(folder):
     make = write_tiny(folder)
     common = ["model.num_hidden_layers=2", "batch.micro_rows=1", "schedule.steps=7"]
 
-    def place(name):
-        return folder / name.replace(" ", "-")
+    def settings(name, *more):
+        return [*common, *more, f"output_dir={folder / name.replace(' ', '-')}"]
 
-    train(make(*common, f"output_dir={place('one')}"))
-    asked = [{"overrides": [*common, *more, f"output_dir={place(name)}"]} for name, more in KINDS.items()]
-    for name, other in [
-        ("fsdp2", "one"),
-        ("zero3", "fsdp2"),
-        ("zero2", "zero3"),
-        ("ddp", "zero2"),
-        ("hsdp", "context"),
-    ]:
-        overrides = [*common, *KINDS[name], f"output_dir={place(f'{name} after {other}')}"]
-        asked.append({"overrides": overrides, "after": [str(place(other)), 4]})
-    asked.append({"overrides": [*common, *KINDS["fsdp2"], "batch.rows=3", f"output_dir={place('odd')}"]})
-    asked.append({"overrides": [*common, f"output_dir={place('single')}"]})
-    asked.append(
-        {
-            "overrides": [
-                *common,
-                *KINDS["zero2"],
-                "optimizer.lr=1e38",
-                "schedule.warmup_steps=0",
-                f"output_dir={place('nan')}",
-            ]
-        }
-    )
+    train(make(*settings("one")))
+    asked = [{"overrides": settings(name, *more)} for name, more in KINDS.items()]
+    for name, other in AFTER:
+        overrides = settings(f"{name} after {other}", *KINDS[name])
+        asked.append({"overrides": overrides, "after": [str(folder / other), 4]})
+    asked.append({"overrides": settings("odd", *KINDS["fsdp2"], "batch.rows=3")})
+    asked.append({"overrides": settings("single")})
+    asked.append({"overrides": settings("nan", *KINDS["zero2"], "optimizer.lr=1e38", "schedule.warmup_steps=0")})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for other in ("fsdp2", "zero3"):
-        go_on_from(place(other), 4, place(f"one after {other}"))
-        train(make(*common, f"output_dir={place(f'one after {other}')}"))
-    return lambda name: place(name)
+        go_on_from(folder / other, 4, folder / f"one-after-{other}")
+        train(make(*settings(f"one after {other}")))
 
 
 def figures(run_dir, kind):
@@ -120,18 +109,7 @@ def test_their_checkpoints_hold_the_same_weights_and_moments(runs, kind):
     assert (found.folder / "model.safetensors").exists() == (kind in ("ddp", "zero2", "zero3"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one after fsdp2",
-        "one after zero3",
-        "fsdp2 after one",
-        "zero3 after fsdp2",
-        "zero2 after zero3",
-        "ddp after zero2",
-        "hsdp after context",
-    ],
-)
+@pytest.mark.parametrize("name", ["one after fsdp2", "one after zero3", *(f"{a} after {b}" for a, b in AFTER)])
 def test_any_engine_goes_on_from_any_others_checkpoint(runs, name):
     assert_same(runs(name), runs("one"))
 
@@ -175,7 +153,6 @@ def test_an_engine_of_several_processes_says_how_to_start_them(make_recipe, monk
 
 
 def test_without_deepspeed(make_recipe, monkeypatch):
-    import importlib.util
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else find(name, *a))
@@ -216,3 +193,50 @@ def test_one_process_is_the_default(make_recipe):
     engine = open_engine(make_recipe())
     assert type(engine) is Engine
     assert (engine.rank, engine.ranks, engine.is_main) == (0, 1, True)
+
+
+# What float32 products on a GPU, in another order, leave of a loss after seven steps; and bf16's.
+ON_GPUS = {
+    "ddp": (["precision=fp32"], 2e-4),
+    "fsdp2": (["precision=fp32"], 2e-4),
+    "hsdp": (["precision=fp32"], 2e-4),
+    "zero3": (["precision=fp32"], 2e-4),
+    "context": (["precision=fp32"], 2e-4),
+    "more": (["precision=bf16", "engine.compile=true"], 2e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu_runs(tmp_path_factory):
+    """Folders by name, of runs by one process on one GPU ("fp32", "bf16") and by two on two."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = tmp_path_factory.mktemp("gpu_runs")
+    make = write_tiny(folder)
+    model = "model={hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, num_heads: 2, num_slots: 16}"
+    common = [
+        "device=cuda",
+        model,
+        "batch={rows: 8, length: 64, micro_rows: 2}",
+        "schedule.steps=7",
+        "optimizer.lr=1e-3",
+    ]
+    for precision in ("fp32", "bf16"):
+        train(make(*common, f"precision={precision}", f"output_dir={folder / precision}"))
+    kinds = [kind for kind in ON_GPUS if kind != "zero3" or importlib.util.find_spec("deepspeed")]
+    asked = [{"overrides": [*common, *KINDS[k], *ON_GPUS[k][0], f"output_dir={folder / k}"]} for k in kinds]
+    done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ON_GPUS)
+def test_two_gpus_train_as_one_does(gpu_runs, kind):
+    if not (gpu_runs / kind).exists():
+        pytest.skip("needs DeepSpeed")
+    more, tolerance = ON_GPUS[kind]
+    expected = gpu_runs / more[0].removeprefix("precision=")
+    for what in ("train", "eval"):
+        found = [r["loss"] for r in figures(gpu_runs / kind, what)]
+        assert found == pytest.approx([r["loss"] for r in figures(expected, what)], rel=tolerance)

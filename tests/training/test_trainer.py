@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -215,15 +216,30 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_twenty_kills_at_random_change_no_bit(make_recipe, tmp_path):
-    more = ("schedule.steps=400", "checkpoints.every=16", "evaluation.every=200", "batch={rows: 1, length: 16}")
+@pytest.mark.parametrize(
+    ("device", "kills", "steps"),
+    [("cpu", 20, 400), pytest.param("cuda", 3, 1500, marks=pytest.mark.gpu)],
+)
+def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps):
+    more = (f"schedule.steps={steps}", "checkpoints.every=16", "evaluation.every=200", "batch={rows: 1, length: 16}")
+    more += (f"device={device}",)
+    # In a process of its own: those that are killed are forks, and must not inherit a device in use.
+    whole = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), *more]
+    make_recipe()
+    subprocess.run([*whole, f"output_dir={tmp_path}/once"], timeout=200, check=True)
+    began = time.monotonic()
     once = train(make_recipe(*more, f"output_dir={tmp_path}/once"))
-    command = [sys.executable, "-m", "tests.training.killed", str(tmp_path / "tiny.yaml"), "3", "20", *more]
+    start = time.monotonic() - began  # it is over, so this only starts
+    training = read_metrics(once.run_dir / "metrics.jsonl")[-1]["seconds"]
+    # Long enough for most to get somewhere, too short for all together to get to the end.
+    longest = 2 * start + training / (0.8 * kills)
+    command = [sys.executable, "-m", "tests.training.killed", str(tmp_path / "tiny.yaml"), "3", str(kills)]
+    command += [str(longest), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     present = json.loads(done.stdout.splitlines()[-1])
-    assert len(present) == 21
+    assert len(present) == kills + 1
     assert present[-2] > 0, "no kill came after a checkpoint"
     killed = replace(once, run_dir=tmp_path / "run", checkpoint=tmp_path / "run" / "checkpoints" / once.checkpoint.name)
     assert_same(killed, (curve(once.run_dir), curve(once.run_dir, "eval"), weights(once)))

@@ -1,4 +1,4 @@
-"""Activations, gates and the output norm of a layer, each one kernel forward and one backward; sums in float32.
+"""Activations, gates and norms of a block, each one kernel forward and one backward; sums in float32.
 
 With σ the logistic function, SiLU a(x) = x σ(x) has the derivative a'(x) = σ(x) (1 + x (1 - σ(x))).
 The backward of each function reads its input again instead of anything kept between: formulas at the kernels.
@@ -91,6 +91,29 @@ def silu_backward(q, k, v, dq_out, dk_out, dv_out, dq, dk, dv, q_size, k_size, v
 
 
 @triton.jit
+def swiglu_forward(gate, up, product, size, TILE: tl.constexpr):
+    """a(gate) ∘ up; grid (tiles,)."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    value = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
+    factor = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(product + at, (value * sigmoid(value) * factor).to(product.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def swiglu_backward(gate, up, dproduct, dgate, dup, product, size, TILE: tl.constexpr, AGAIN: tl.constexpr):
+    """dgate = a'(gate) up ∘ dproduct, dup = a(gate) ∘ dproduct; with AGAIN also the product, which may be dproduct."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    value = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
+    factor = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
+    grown = tl.load(dproduct + at, mask=at < size, other=0.0).to(tl.float32)
+    a = value * sigmoid(value)
+    tl.store(dgate + at, (silu_slope(value) * factor * grown).to(dgate.dtype.element_ty), mask=at < size)
+    tl.store(dup + at, (a * grown).to(dup.dtype.element_ty), mask=at < size)
+    if AGAIN:
+        tl.store(product + at, (a * factor).to(product.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
 def gates_forward(f, g, rate, size, TILE: tl.constexpr):
     """g = rate · log σ(f); grid (tiles,)."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -135,12 +158,14 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward(
-    x, weight, inverse, dy, dx, parts, rows,
-    D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, HAS_WEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    x, weight, inverse, dy, y, dx, parts, rows,
+    D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With u = dy ∘ w: dx = a'(x) r (u - a r² mean(a u)); and this program's part of dw = Σ_rows r a ∘ dy.
 
-    A program takes every (number of programs)'th group of ROWS rows. parts: [programs, D].
+    A program takes every (number of programs)'th group of ROWS rows. parts: [programs, D]. With AGAIN also y as it was
+    forward, which may take the place of dy.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     od = tl.arange(0, BD)
@@ -162,8 +187,74 @@ def norm_backward(
         mean = tl.sum(a * grown, axis=1)[:, None] / D
         slope = s * (1.0 + value * (1.0 - s))
         tl.store(dx + at, (slope * r * (grown - a * (r * r * mean))).to(dx.dtype.element_ty), mask=inside)
+        if AGAIN:
+            out = a * r
+            if HAS_WEIGHT:
+                out = out * w[None, :]
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
     if HAS_WEIGHT:
         tl.store(parts + program.to(tl.int64) * D + od, tl.sum(total, axis=0), mask=od < D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_forward(
+    x, branch, weight, total, y, inverse, rows, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """h = x + branch, y = r h ∘ w and r = 1/√(mean(h²) + eps) [rows] of ROWS rows; grid (rows / ROWS,).
+
+    The norm is that of h as it is stored, which the backward reads. Without a branch h is x and is not stored.
+    """
+    row, od = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
+    inside = _inside(row, rows, od, D, BD)
+    at = row.to(tl.int64)[:, None] * D + od[None, :]
+    h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        h += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        stored = h.to(total.dtype.element_ty)
+        tl.store(total + at, stored, mask=inside)
+        h = stored.to(tl.float32)
+    r = tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)
+    out = h * r[:, None]
+    if HAS_WEIGHT:
+        out = out * tl.load(weight + od, mask=od < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(inverse + row, r, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_backward(
+    total, weight, inverse, dtotal, dy, dx, parts, rows,
+    D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """With n = r h and u = dy ∘ w: dx = dh + r (u - n mean(n u)); and this program's part of dw = Σ_rows n ∘ dy.
+
+    Programs and `parts` as in `norm_backward`. HAS_SUM: there is dh, the gradient that h has from elsewhere.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    od = tl.arange(0, BD)
+    part = tl.zeros([ROWS, BD], tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(weight + od, mask=od < D, other=0.0).to(tl.float32)
+    for first in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)
+        inside = _inside(row, rows, od, D, BD)
+        at = row.to(tl.int64)[:, None] * D + od[None, :]
+        h = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        grown = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+        normed = h * r
+        if HAS_WEIGHT:
+            part += grown * normed
+            grown = grown * w[None, :]
+        mean = tl.sum(normed * grown, axis=1)[:, None] / D
+        found = r * (grown - normed * mean)
+        if HAS_SUM:
+            found += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
+    if HAS_WEIGHT:
+        tl.store(parts + program.to(tl.int64) * D + od, tl.sum(part, axis=0), mask=od < D)
 
 
 class Rows:
@@ -215,6 +306,45 @@ class _Silu(Function):
         return tuple(found)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) ∘ up, of the same shape and dtype."""
+    gate, up = gate.contiguous(), up.contiguous()
+    return _Swiglu.apply(gate, up) if _wants_gradient(gate, up) else swiglu_product(gate, up)
+
+
+def swiglu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` of contiguous tensors, without a gradient."""
+    product = torch.empty_like(gate)
+    with torch.cuda.device_of(gate):
+        run(swiglu_forward, _tiles(gate), (gate, up, product, gate.numel()), {"TILE": TILE})
+    return product
+
+
+def swiglu_gradients(gate: Tensor, up: Tensor, dproduct: Tensor, again: bool, last_use: bool) -> tuple[Tensor, Tensor]:
+    """dgate and dup of contiguous tensors.
+
+    again: dproduct becomes the product, which costs one more pass. last_use: gate and up become their gradients.
+    """
+    dgate, dup = (gate, up) if last_use else (torch.empty_like(gate), torch.empty_like(up))
+    with torch.cuda.device_of(gate):
+        arguments = (gate, up, dproduct, dgate, dup, dproduct if again else None, gate.numel())
+        run(swiglu_backward, _tiles(gate), arguments, {"TILE": TILE, "AGAIN": again})
+    return dgate, dup
+
+
+class _Swiglu(Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return swiglu_product(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dproduct):
+        gate, up = ctx.saved_tensors
+        return swiglu_gradients(gate, up, dproduct.contiguous(), again=False, last_use=False)
+
+
 def log_gates(f: Tensor, normalizer: float) -> Tensor:
     """log σ(f) / normalizer in float32."""
     f = f.contiguous()
@@ -248,11 +378,11 @@ class _Gates(Function):
 def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of SiLU over the last dimension."""
     x, weight = x.contiguous(), None if weight is None else weight.contiguous()
-    return _SiluNorm.apply(x, weight, eps) if _wants_gradient(x, weight) else _silu_norm(x, weight, eps)[0]
+    return _SiluNorm.apply(x, weight, eps) if _wants_gradient(x, weight) else silu_normed(x, weight, eps)[0]
 
 
-def _silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and r of every row."""
+def silu_normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`silu_norm` of contiguous tensors, without a gradient; and r of every row, which its backward takes."""
     plan, rows = Rows(x.shape[-1]), x.numel() // x.shape[-1]
     y, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -265,7 +395,7 @@ def _silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Te
 class _SiluNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, inverse = _silu_norm(x, weight, eps)
+        y, inverse = silu_normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -273,14 +403,69 @@ class _SiluNorm(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, inverse = ctx.saved_tensors
-        plan, dx = Rows(x.shape[-1]), torch.empty_like(x)
-        programs = triton.cdiv(inverse.numel(), plan.rows)
-        parts = None
-        if weight is not None:
-            programs = min(programs, SHARES)
-            parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            arguments = (x, weight, inverse, dy.contiguous(), dx, parts, inverse.numel())
-            constants = plan.sizes | {"HAS_WEIGHT": weight is not None, "STAGES": 1 if weight is None else STAGES}
-            run(norm_backward, programs, arguments, constants, plan.warps)
-        return dx, None if parts is None else parts.sum(0).to(weight.dtype), None
+        return *silu_norm_gradients(x, weight, inverse, dy.contiguous(), again=False), None
+
+
+def silu_norm_gradients(x: Tensor, weight: Tensor | None, inverse: Tensor, dy: Tensor, again: bool):
+    """dx and dw of contiguous tensors; with `again` dy becomes y, which costs one more pass."""
+    return _norm_gradients(norm_backward, x, weight, inverse, dy, dy if again else None, AGAIN=again)
+
+
+def _norm_gradients(kernel, x: Tensor, weight: Tensor | None, inverse: Tensor, *outgoing: Tensor | None, **constants):
+    """dx and dw of a norm of x by its backward kernel."""
+    plan, dx, parts = Rows(x.shape[-1]), torch.empty_like(x), None
+    programs = triton.cdiv(inverse.numel(), plan.rows)
+    if weight is not None:
+        programs = min(programs, SHARES)
+        parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        arguments = (x, weight, inverse, *outgoing, dx, parts, inverse.numel())
+        constants |= plan.sizes | {"HAS_WEIGHT": weight is not None, "STAGES": 1 if weight is None else STAGES}
+        run(kernel, programs, arguments, constants, plan.warps)
+    return dx, None if weight is None or parts is None else parts.sum(0).to(weight.dtype)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and its RMSNorm over the last dimension; without a branch x itself, and its RMSNorm."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    if _wants_gradient(x, branch, weight):
+        return _AddNorm.apply(x, branch, weight, eps)
+    return _add_norm(x, branch, weight, eps)[:2]
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, y, and r of every row."""
+    plan, rows, total = Rows(x.shape[-1]), x.numel() // x.shape[-1], x
+    if branch is not None:
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
+    y, inverse = torch.empty_like(total), x.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        constants = plan.sizes | {"HAS_BRANCH": branch is not None, "HAS_WEIGHT": weight is not None}
+        arguments = (x, branch, weight, None if branch is None else total, y, inverse, rows, eps)
+        run(add_norm_forward, triton.cdiv(rows, plan.rows), arguments, constants, plan.warps)
+    return total, y, inverse
+
+
+class _AddNorm(Function):
+    @staticmethod
+    def forward(ctx, x, branch, weight, eps):
+        total, y, inverse = _add_norm(x, branch, weight, eps)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, dy):
+        total, weight, inverse = ctx.saved_tensors
+        dx, dweight = dtotal, None
+        if dy is not None:
+            dtotal = None if dtotal is None else dtotal.contiguous()
+            outgoing = (dtotal, dy.contiguous())
+            dx, dweight = _norm_gradients(
+                add_norm_backward, total, weight, inverse, *outgoing, HAS_SUM=dtotal is not None
+            )
+        of_x, of_branch = (None if dx is None or dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
+        return of_x, of_branch, dweight, None

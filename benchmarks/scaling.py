@@ -1,0 +1,156 @@
+"""Training on one GPU and on several, by the same recipe: tokens a second, memory, and what waiting for data takes.
+
+    python -m benchmarks.scaling --processes 2 --output benchmarks/results/scaling.json
+
+Each configuration runs in processes of its own, by torchrun: a shipped recipe's model, engine, loss and optimiser, on
+packed rows of made-up documents, read from a store as a run reads them. Every process computes as many rows as the one
+process does, so that twice the tokens a second is the best that two can do.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flash_gsa.benchmarking.about import about, write
+from flash_gsa.data import NOT_SCORED, PackedBatches, Part, load_tokenizer, prepare_tokens
+from flash_gsa.models import GSAForCausalLM
+from flash_gsa.models.flops import training_flops
+from flash_gsa.training.engines import open_engine
+from flash_gsa.training.feed import Feed
+from flash_gsa.training.model import model_config
+from flash_gsa.training.recipe_file import load_recipe
+from flash_gsa.training.trainer import step_loss
+
+WARM, TIMED = 4, 12
+VOCABULARY = 32_000
+# What is common: as many rows a process and step as the recipe computes at once, and no more.
+CONFIGURATIONS = (
+    ("one GPU", 1, ("engine.kind=single",)),
+    ("FSDP2", 2, ("engine.kind=fsdp2",)),
+    ("DDP", 2, ("engine.kind=ddp",)),
+    ("rows cut over two (context 2), FSDP2", 2, ("engine={kind: fsdp2, context: 2}",)),
+)
+
+
+def write_text(folder: Path) -> None:
+    """Documents of made-up words, enough for the steps of all configurations."""
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(2, 9))) for _ in range(5000)]
+    with (folder / "text.jsonl").open("w") as lines:
+        for _ in range(3000):
+            lines.write(json.dumps({"text": " ".join(rng.choice(words, rng.integers(50, 900)))}) + "\n")
+
+
+def measure(folder: Path, recipe_name: str, overrides: list[str]) -> dict[str, Any] | None:
+    """The record of this process's configuration; None in processes other than the first."""
+    recipe = load_recipe(recipe_name, overrides, data_named=False)
+    engine = open_engine(recipe)
+    rows, count = recipe.batch.micro_batches(engine.ranks, engine.context)
+    torch.manual_seed(0)
+    model = GSAForCausalLM(model_config(recipe, VOCABULARY))
+    flops = training_flops(model, recipe.batch.length)
+    engine.prepare(model, recipe.optimizer)
+    store = prepare_tokens(str(folder / "text.jsonl"), load_tokenizer("byte"), cache_dir=folder / "tokens")
+    batches = PackedBatches(Part(store), length=recipe.batch.length, rows=recipe.batch.rows, seed=0)
+    groups, group = engine.ranks // engine.context, engine.rank // engine.context
+    feed = Feed(batches, [slice(r, r + rows) for r in ((i * groups + group) * rows for i in range(count))])
+    seconds, waits = [], []
+    for step in range(WARM + TIMED):
+        began = time.monotonic()
+        micro = feed.take()
+        scored = engine.total(sum(int((b.targets != NOT_SCORED).sum()) for b in micro))
+        losses = []
+        for i, batch in enumerate(micro):
+            on_device = engine.stretch(batch).to(engine.device)
+            losses.append(engine.accumulate(step_loss, on_device, scored, last=i == len(micro) - 1))
+        outcome = engine.update(losses, recipe.optimizer.lr, recipe.optimizer.clip, seconds=0.0, stop=False)
+        assert outcome.finite
+        if step >= WARM:
+            seconds.append(time.monotonic() - began)
+            waits.append(feed.seconds)
+    feed.close()
+    memory = max(engine.gather(engine.peak_memory()))
+    step_seconds = statistics.median(seconds)
+    tokens = recipe.batch.tokens / step_seconds
+    peak = engine.peak_flops()
+    record = {
+        "tokens_a_step": recipe.batch.tokens,
+        "seconds": step_seconds,
+        "tokens_per_second": tokens,
+        "mfu": None if peak is None else tokens * flops / (peak * engine.ranks),
+        "peak_bytes": memory,
+        "data_share": sum(waits) / sum(seconds),
+        "loss": outcome.loss,
+    }
+    is_main = engine.is_main
+    engine.close()
+    return record if is_main else None
+
+
+def launch(processes: int, arguments: list[str], seconds: float) -> dict[str, Any]:
+    """Measures in `processes` new processes; the record, or what went wrong."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if processes == 1:
+        command = [sys.executable]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "record.json"
+        command += ["-m", "benchmarks.scaling", "--measure", str(result), *arguments]
+        try:
+            done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
+        except subprocess.TimeoutExpired:
+            return {"problem": f"took longer than {seconds:.0f} s"}
+        if result.exists():
+            return json.loads(result.read_text())
+        lines = [line for line in done.stderr.strip().splitlines() if "Error" in line] or [f"exit {done.returncode}"]
+        return {"problem": lines[-1][:300]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling")
+    parser.add_argument("--recipe", default="gsa_1.3b")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=8, help="rows a process")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds a configuration")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--commit")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        record = measure(options.folder, options.recipe, options.override)
+        if record is not None:
+            options.measure.write_text(json.dumps(record))
+        return
+    if options.output is None:
+        parser.error("--output is missing: the file for the result")
+    command = f"python -m benchmarks.scaling --recipe {options.recipe} --processes {options.processes}"
+    command += "".join(f" --override '{o}'" for o in options.override)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe, "runs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder))
+        for name, several, engine in CONFIGURATIONS:
+            processes = 1 if several == 1 else options.processes
+            overrides = [*options.override, *engine, f"batch.rows={options.rows * processes}"]
+            overrides.append(f"batch.micro_rows={options.rows * (2 if 'context' in name else 1)}")
+            arguments = ["--folder", folder, "--recipe", options.recipe]
+            arguments += [part for o in overrides for part in ("--override", o)]
+            record = {"name": name, "processes": processes, "overrides": overrides}
+            record |= launch(processes, arguments, options.limit)
+            result["runs"].append(record)
+            print(record, flush=True)
+            write(result, options.output)
+
+
+if __name__ == "__main__":
+    main()
