@@ -1,7 +1,8 @@
 """What a shipped recipe is expected to take: the block in its head between `# <!-- expected -->` and `# <!-- end -->`.
 
-Memory is the estimate of a dry run. Time is the model's FLOPs over what H100s reach of their peak: the share measured
-by `flash-gsa bench train` on one of them (benchmarks/results/train_gpu.json), or while there is none the dry run's.
+Memory is the estimate of a dry run. Time is the model's FLOPs over what GPUs reach of their peak: the shares measured
+by `python -m benchmarks.scaling` on one and on two (benchmarks/results/scaling.json), or while there are none the dry
+run's.
 """
 
 import json
@@ -16,7 +17,7 @@ from flash_gsa.training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
-MEASURED = ROOT / "benchmarks" / "results" / "train_gpu.json"
+MEASURED = ROOT / "benchmarks" / "results" / "scaling.json"
 BLOCK = re.compile(r"(# <!-- expected -->\n).*?(# <!-- end -->)", re.DOTALL)
 GPU, MEMORY = "H100", 79 * GIB
 """What PyTorch sees of an H100 with 80 GB."""
@@ -35,7 +36,7 @@ def with_head(path: Path) -> str:
 
 
 def _lines(name: str) -> list[str]:
-    share, origin = _share()
+    one, several, origin = _shares()
     peak = peak_flops(GPU)
     assert peak is not None
     recipe = load_recipe(name, data_named=False)
@@ -43,7 +44,7 @@ def _lines(name: str) -> list[str]:
     rows = []
     for count in (1,) if recipe.engine.kind == "single" else COUNTS:
         run, said = _fitting(recipe, count, size)
-        time = duration(run.seconds(share * peak) or 0)
+        time = duration(run.seconds((one if count == 1 else several) * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
     return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin]
 
@@ -70,18 +71,26 @@ def _fitting(recipe: Recipe, count: int, size: Size) -> tuple[DryRun, str]:
     raise UsageError(f"the recipe {recipe.name} fits {count} × {GPU} neither as it is nor with checkpointing")
 
 
-def _share() -> tuple[float, list[str]]:
-    """Of a GPU's peak, and where it is from."""
+def _shares() -> tuple[float, float, list[str]]:
+    """Of a GPU's peak, where it is alone and where it is not, and where that is from."""
     if MEASURED.exists():
-        steps = json.loads(MEASURED.read_text(encoding="utf-8"))["steps"]
-        found = [r["mfu"] for r in steps if r["implementation"] == "ours" and r.get("mfu") and r["T"] == 2048]
-        if found:
-            best = max(found)
-            return best, [
-                f"  Time: at {best:.0%} of the peak, measured by `flash-gsa bench train` with the 1.3B model on one;",
-                "  small models reach less, and what several GPUs lose to each other is not in it. Memory: estimated.",
-            ]
-    return ASSUMED_SHARE, [
-        f"  Time: at {ASSUMED_SHARE:.0%} of the peak, which is assumed and not measured; small models reach less.",
-        "  Memory: estimated; `flash-gsa train … --dry-run` tells its parts.",
-    ]
+        runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+        alone = max((r["mfu"] for r in runs if r.get("mfu") and r["processes"] == 1), default=None)
+        beside = next((r["mfu"] for r in runs if r.get("mfu") and r["name"] == "FSDP2"), None)
+        if alone and beside:
+            return (
+                alone,
+                beside,
+                [
+                    f"  Time: at {alone:.0%} of the peak on one, {beside:.0%} on several: benchmarks.scaling, 1.3B,",
+                    "  on one GPU and two of one machine; small models reach less. Memory: estimated.",
+                ],
+            )
+    return (
+        ASSUMED_SHARE,
+        ASSUMED_SHARE,
+        [
+            f"  Time: at {ASSUMED_SHARE:.0%} of the peak, which is assumed and not measured; small models reach less.",
+            "  Memory: estimated; `flash-gsa train … --dry-run` tells its parts.",
+        ],
+    )

@@ -278,6 +278,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "drift": drift,
     "train_gpu": training,
     "train_gpu-summary": training_summary,
+    "train_gpu_compiled": training,
     "context_parallel": context_parallel,
     "memory": memory,
     "memory_sharded": memory,
