@@ -8,7 +8,12 @@ class UsageError(ValueError):
     """A mistake in what the user gave: says what was wrong, what was expected, what to do.
 
     The command line prints its message without a traceback and exits with status 2.
+
+    Attributes:
+        everywhere: every process of a run raises it, in the same words; so the first alone prints it.
     """
+
+    everywhere = False
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `--help` and completion answer at once.
 """
 
+import os
 import sys
 
 import typer
@@ -41,5 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, prog_name="flash-gsa")
     except UsageError as mistake:
-        print(f"flash-gsa: {mistake}", file=sys.stderr)
+        if not mistake.everywhere or int(os.environ.get("RANK", 0)) == 0:
+            print(f"flash-gsa: {mistake}", file=sys.stderr)
         sys.exit(2)

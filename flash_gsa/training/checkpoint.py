@@ -150,9 +150,12 @@ def save_checkpoint(
             _write_json(writing / MANIFEST, {"format": FORMAT, "step": step, "files": dict(sorted(listed.items()))})
             _flush(writing / MANIFEST)
             _flush(writing)
-        except BaseException:
+        except BaseException as error:
             if rank == 0:
                 shutil.rmtree(writing, ignore_errors=True)
+            else:
+                with suppress(OSError):  # the disk may not take even this
+                    (_shard(writing, rank, ranks).with_suffix(".failed")).write_text(str(error), encoding="utf-8")
             raise
         if final.exists():
             _remove(final)
@@ -384,8 +387,12 @@ def _write_whole(writing: Path, pieces: Mapping[str, Piece]) -> None:
     save_file(rest, writing / TENSORS)
 
 
+def _shard(writing: Path, rank: int, ranks: int) -> Path:
+    return writing / SHARDS / f"{rank:05d}-of-{ranks:05d}.safetensors"
+
+
 def _write_shard(writing: Path, pieces: Mapping[str, Piece], rank: int, ranks: int) -> None:
-    path = writing / SHARDS / f"{rank:05d}-of-{ranks:05d}.safetensors"
+    path = _shard(writing, rank, ranks)
     path.parent.mkdir(exist_ok=True)
     rows = {name: [p.start, p.rows] for name, p in pieces.items()}
     save_file({name: p.tensor for name, p in pieces.items()}, path, metadata={_ROWS: json.dumps(rows)})
@@ -398,8 +405,10 @@ def _others_shards(writing: Path, ranks: int) -> dict[str, dict[str, Any]]:
     """Waits until every process has written its shard; their sizes and checksums."""
     found = {}
     for rank in range(ranks):
-        path = writing / SHARDS / f"{rank:05d}-of-{ranks:05d}.json"
+        path = _shard(writing, rank, ranks).with_suffix(".json")
         while not path.exists():
+            if (failed := path.with_suffix(".failed")).exists():
+                raise OSError(f"process {rank} could not write its part: {failed.read_text(encoding='utf-8')}")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         found[f"{SHARDS}/{path.stem}.safetensors"] = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()

@@ -11,9 +11,11 @@ class TrainingStopped(UsageError):
     Attributes:
         step: the step, counted from 1, that could not be taken.
         checkpoint: the last good checkpoint, or None if none had been written.
+        everywhere: see `UsageError`.
     """
 
-    def __init__(self, message: str, *, step: int, checkpoint: Path | None) -> None:
+    def __init__(self, message: str, *, step: int, checkpoint: Path | None, everywhere: bool = False) -> None:
         super().__init__(message)
+        self.everywhere = everywhere
         self.step = step
         self.checkpoint = checkpoint

@@ -286,7 +286,8 @@ class _Run:
             bad = next((i for i, part in enumerate(outcome.parts) if not math.isfinite(part)), None)
             # Of several processes' batches, the first that is to blame; of none, any.
             found = engine.gather((bad is None, self.inputs.describe(batches[bad or 0])))
-            self._stop(f"loss {outcome.loss}, gradient norm {outcome.norm}", index, min(found)[1])
+            what = f"loss {outcome.loss}, gradient norm {outcome.norm}"
+            self._stop(what, index, min(found)[1], everywhere=True)
         self.step += 1
         record: dict[str, Any] = {"loss": outcome.loss}
         if self.inputs.bytes_per_token:
@@ -307,7 +308,7 @@ class _Run:
         except UsageError as error:
             bad = [str(error)]
         if bad:
-            self._stop(f"the held-out score after step {self.step} is not finite ({', '.join(bad)})")
+            self._stop(f"the held-out score after step {self.step} is not finite ({', '.join(bad)})", everywhere=True)
         self.on_event(events.Evaluated(self._write("eval", record)))
 
     def _save(self) -> None:
@@ -377,7 +378,7 @@ class _Run:
         present = self.recipe.checkpoints.keep if self.checkpoint else 0
         check_space(self.run_dir, one * (self.recipe.checkpoints.keep + 1 - present))
 
-    def _stop(self, what: str, index: int = -1, batch: Batch | str | None = None) -> NoReturn:
+    def _stop(self, what: str, index: int = -1, batch: Batch | str | None = None, everywhere: bool = False) -> NoReturn:
         self._tell_saved(self.writer.wait())
         where = ""
         if batch is not None:
@@ -390,6 +391,7 @@ class _Run:
             "precision=fp32.",
             step=self.step + 1,
             checkpoint=self.checkpoint,
+            everywhere=everywhere,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("demo", "train", "recipes", "report", "eval", "generate", "inspect", "doctor")
+COMMANDS = ("demo", "train", "recipes", "report", "eval", "generate", "export", "inspect", "doctor")
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:

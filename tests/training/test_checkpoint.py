@@ -282,3 +282,16 @@ def test_what_fails_in_the_background_is_raised_in_front(tmp_path):
     with pytest.raises(ZeroDivisionError):
         writer.wait()
     assert writer.wait() is None
+
+
+def test_a_full_disk_of_one_process_is_told_by_the_main_one(tmp_path, monkeypatch):
+    older = save(tmp_path, 1)
+    begin_checkpoint(tmp_path, 2)
+    common = {"write_model": write_model, "state": {}, "keep": 2, "sharded": True, "ranks": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full_disk)
+        with pytest.raises(UsageError, match=r"step 2 could not be written .*no space is left"):
+            save_checkpoint(tmp_path, 2, pieces={}, rank=1, **common)
+    with pytest.raises(UsageError, match=r"process 1 could not write its part: .*No space left.*step-00000001 is"):
+        save_checkpoint(tmp_path, 2, pieces=WEIGHTS, rank=0, **common)
+    assert present(tmp_path) == [older.name]

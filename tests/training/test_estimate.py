@@ -244,3 +244,21 @@ def test_the_paper_s_models_have_the_paper_s_sizes():
         assert round(model_size(recipe).parameters / 1e6) == millions
         assert recipe.batch.tokens == 2**19
     assert estimate_memory(load_recipe("gsa_1.3b"), 8).total < 79 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mqar_tiny", ["model.gating=abc"]),
+        ("demo", ["model.gating=data_independent", "engine.checkpointing=2"]),
+        ("demo", ["model.use_short_conv=true", "precision=pure_bf16"]),
+        ("demo", ["model.num_heads=4", "model.num_kv_heads=2"]),
+        ("demo", ["model.attn={layers: [1]}"]),
+        *(("demo", [f"model.token_mixer={mixer}"]) for mixer in ("gla", "hgrn2", "retnet", "attention")),
+    ],
+)
+def test_every_model_can_be_estimated(name, overrides):
+    """A run on a GPU asks before it begins; what cannot be estimated could not be trained."""
+    recipe = load_recipe(name, overrides, data_named=False)
+    needed = estimate_memory(recipe, 1).tensors
+    assert needed > 12 * model_size(recipe).parameters * (0.5 if recipe.precision == "pure_bf16" else 1)
