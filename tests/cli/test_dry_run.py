@@ -20,9 +20,9 @@ def test_it_prints_without_data_and_without_judging(run):
 
 
 def test_it_refuses_what_does_not_fit(run):
-    status, out, err = run("train", *SMALL, "--dry-run", "--device-memory", "1.7GiB")
+    status, out, err = run("train", *SMALL, "--dry-run", "--device-memory", "1.3GiB")
     assert status == 2
-    assert "of 1.7 GiB" in out
+    assert "of 1.3 GiB" in out
     assert "The smallest change that fits: batch.micro_rows=" in err
     status, *_ = run("train", *SMALL, "--dry-run", "--device-memory", "80GiB")
     assert status == 0
