@@ -179,7 +179,7 @@ def begin_checkpoint(run_dir: Path, step: int) -> None:
 
 
 class BackgroundWriter:
-    """Calls functions one after the other in a thread; what one raises is raised here, at the next call or `wait`."""
+    """Calls one function at a time in a thread; what it raises is raised here, by `poll` or `wait`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -187,7 +187,7 @@ class BackgroundWriter:
         self._result: Any = None
 
     def start(self, function: Callable[[], Any]) -> None:
-        """Waits for the one before, then lets `function` begin."""
+        """Lets `function` begin; the one before has been waited for."""
         assert self._thread is None, "wait for the one before first"
 
         def work() -> None:

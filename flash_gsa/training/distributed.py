@@ -54,23 +54,20 @@ class Distributed(Engine):
         self._started = not dist.is_initialized()
         _start(self.device, section.timeout)
         self.rank, self.ranks, self.context = dist.get_rank(), dist.get_world_size(), section.context
-        for name, size in (("replicas", section.replicas or 1), ("context", section.context)):
-            if self.ranks % size:
-                divisors = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0]
-                raise UsageError(
-                    f"engine.{name}={size} does not divide the {self.ranks} processes that were started. "
-                    f"Set it to one of {', '.join(map(str, divisors))}, or start another number of processes"
-                )
+        if self.ranks % (section.replicas or 1):
+            divisors = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0]
+            raise UsageError(
+                f"engine.replicas={section.replicas} does not divide the {self.ranks} processes that were started. "
+                f"Set it to one of {', '.join(map(str, divisors))}, or start another number of processes"
+            )
 
     def prepare(self, model: GSAForCausalLM, settings: OptimizerSection) -> None:
         self.model = self.placed(model)
-        self._context_group = None
         if self.context > 1:
             mesh = init_device_mesh(
                 self.device.type, (self.ranks // self.context, self.context), mesh_dim_names=("rows", "context")
             )
-            self._context_group = mesh.get_group("context")
-            self._cut = apply_context_parallel(self.model, self._context_group)
+            self._cut = apply_context_parallel(self.model, mesh.get_group("context"))
         self.inside = self.wrapped(Inside(self.model))
         self.optimizer = build_optimizer(self.model, settings)
 

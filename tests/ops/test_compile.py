@@ -6,8 +6,6 @@ when triton is imported: collected without TRITON_INTERPRET=1, one test here sta
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +22,7 @@ from flash_gsa.ops import opaque
 
 from . import test_linear as linear
 from .helpers import EPS, Case, Tensors, make, with_gradients
+from .interpreter import run_in_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "chunk"
@@ -276,14 +275,7 @@ if not INTERPRETED:
     @pytest.mark.timeout(600)
     def test_triton_in_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
     @pytest.mark.timeout(600)
     def test_inductor():

@@ -3,10 +3,6 @@
 Collected without TRITON_INTERPRET=1, this file is one test that starts the interpreter, and the GPU's.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +10,7 @@ import torch.nn.functional as F
 from flash_gsa.ops import linears, pointwise
 from flash_gsa.ops.linears import shared_linears, silu_norm_linear, swiglu_mlp
 
+from .interpreter import run_in_interpreter
 from .test_triton_pointwise import DEVICES, DTYPES, INTERPRETED, check, fused, normal  # noqa: F401
 
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
@@ -198,11 +195,4 @@ if not INTERPRETED:
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)

@@ -5,8 +5,6 @@ test_triton_interpreter.py), and on a GPU with those that are meant for it.
 """
 
 import os
-import subprocess
-import sys
 import threading
 from itertools import product
 
@@ -20,6 +18,7 @@ from flash_gsa.ops.triton.backend import MAX_SLOTS
 from flash_gsa.ops.triton.tiles import BF16, FP16, FP32, HOPPER, KERNELS, TABLE, Row, Tile, Tiles, find_row
 
 from .helpers import Case, check, make, rounded, run
+from .interpreter import run_in_interpreter
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), HOPPER, (10, 0), (12, 0)]
 PRECISIONS = [BF16, FP16, FP32]
@@ -160,14 +159,7 @@ if not INTERPRETED:
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
     def on_gpu():
         """Every row in its precisions, with its most slots, and with grouped queries if it is for them."""

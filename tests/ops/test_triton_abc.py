@@ -5,8 +5,6 @@ starts it, and the GPU's.
 """
 
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -15,6 +13,8 @@ import torch.nn.functional as F
 
 from flash_gsa import abc_gates
 from flash_gsa.ops import gates
+
+from .interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -336,11 +336,4 @@ if not INTERPRETED:
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)

@@ -5,8 +5,6 @@ starts it, and the GPU's.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ import torch.nn.functional as F
 
 from flash_gsa.models import loss as losses
 from flash_gsa.models.loss import next_token_loss, token_losses
+
+from .interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -245,11 +245,4 @@ if not INTERPRETED:
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)

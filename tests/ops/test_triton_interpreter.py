@@ -5,8 +5,6 @@ without TRITON_INTERPRET=1, this file is one test that starts it.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +15,7 @@ from flash_gsa import gated_linear_attention
 from . import judge, rounding
 from . import test_linear as linear
 from .helpers import Case, Tensors, call, check, make, rounded, run, with_gradients
+from .interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -105,14 +104,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
 else:
     SMALL = Case(T=40, B=1, HQ=2, H=1, K=8, V=5, M=3)

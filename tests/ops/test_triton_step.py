@@ -7,8 +7,6 @@ GPU's.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 
 from flash_gsa import gated_slot_attention, gated_slot_attention_step
 from flash_gsa.ops.reference import reference_step
+
+from .interpreter import run_in_interpreter
 
 triton = pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -170,14 +170,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.timeout(600)
     def test_in_the_interpreter():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
     MANY = 12  # sequences, enough for `step_slots` even of one head each
     MODEL_1B = {"HQ": 4, "H": 4, "K": 512, "V": 512, "M": 64}
