@@ -223,26 +223,26 @@ def context_parallel(result: dict[str, Any]) -> str:
 
 
 def scaling(result: dict[str, Any]) -> str:
-    """Tokens a second of each configuration, and as many times those of one process."""
-    one = next(run for run in result["runs"] if run["processes"] == 1)
+    """Tokens a second of each configuration, and as many times those of one process that computes as often a step."""
+    ones = {run["micro_batches"]: run for run in result["runs"] if run["processes"] == 1}
     rows = []
     for run in result["runs"]:
+        first = [run["name"], str(run["processes"]), str(run["micro_batches"])]
         if run.get("problem"):
-            rows.append([run["name"], str(run["processes"]), run["problem"], "", "", "", ""])
+            rows.append([*first, run["problem"], "", "", "", ""])
             continue
         rows.append(
             [
-                run["name"],
-                str(run["processes"]),
+                *first,
                 f"{run['tokens_per_second']:,.0f}",
-                f"{run['tokens_per_second'] / one['tokens_per_second']:.2f}",
+                f"{run['tokens_per_second'] / ones[run['micro_batches']]['tokens_per_second']:.2f}",
                 "" if run["mfu"] is None else f"{run['mfu']:.0%}",
                 f"{run['peak_bytes'] / 2**30:.1f}",
                 f"{run['data_share']:.2%}",
             ]
         )
-    heads = ["engine", "GPUs", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
-    title = f"`{result['recipe']}`, {one['tokens_a_step']:,} tokens a step and GPU:"
+    heads = ["engine", "GPUs", "micro-batches", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
+    title = f"`{result['recipe']}`, {ones[1]['tokens_a_step']:,} tokens a micro-batch and GPU:"
     return "\n\n".join([title, table(heads, rows), told(result["about"])])
 
 

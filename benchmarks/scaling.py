@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --processes 2 --output benchmarks/results/scaling.json
 
 Each configuration runs in processes of its own, by torchrun: a shipped recipe's model, engine, loss and optimiser, on
-packed rows of made-up documents, read from a store as a run reads them. Every process computes as many rows as the one
-process does, so that twice the tokens a second is the best that two can do.
+packed rows of made-up documents, read from a store as a run reads them. Every process computes as many rows at once,
+and as often a step, as the one process does, so that twice the tokens a second is the best that two can do.
 """
 
 import argparse
@@ -32,12 +32,18 @@ from flash_gsa.training.trainer import step_loss
 
 WARM, TIMED = 4, 12
 VOCABULARY = 32_000
-# What is common: as many rows a process and step as the recipe computes at once, and no more.
+ONE, SHARDED, BY_STEP = "engine.kind=single", "engine.kind=fsdp2", "engine={kind: fsdp2, reshard_after: step}"
+# Name, processes (2 stands for those that were asked for), micro-batches a step, engine. A step of one micro-batch
+# shows what exchanging takes at its most; one of several is nearer to a recipe's half a million tokens.
 CONFIGURATIONS = (
-    ("one GPU", 1, ("engine.kind=single",)),
-    ("FSDP2", 2, ("engine.kind=fsdp2",)),
-    ("DDP", 2, ("engine.kind=ddp",)),
-    ("rows cut over two (context 2), FSDP2", 2, ("engine={kind: fsdp2, context: 2}",)),
+    ("one GPU", 1, 1, ONE),
+    ("FSDP2", 2, 1, SHARDED),
+    ("FSDP2, `reshard_after: step`", 2, 1, BY_STEP),
+    ("DDP", 2, 1, "engine.kind=ddp"),
+    ("rows cut over two (`context: 2`), FSDP2", 2, 1, "engine={kind: fsdp2, context: 2}"),
+    ("one GPU", 1, 4, ONE),
+    ("FSDP2", 2, 4, SHARDED),
+    ("FSDP2, `reshard_after: step`", 2, 4, BY_STEP),
 )
 
 
@@ -118,8 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling")
     parser.add_argument("--recipe", default="gsa_1.3b")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=8, help="rows a process")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rows", type=int, default=8, help="rows a process and micro-batch")
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE", help="after which the engine is set"
+    )
     parser.add_argument("--limit", type=float, default=150.0, help="seconds a configuration")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit")
@@ -139,13 +147,13 @@ def main() -> None:
     result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
-        for name, several, engine in CONFIGURATIONS:
+        for name, several, micro_batches, engine in CONFIGURATIONS:
             processes = 1 if several == 1 else options.processes
-            overrides = [*options.override, *engine, f"batch.rows={options.rows * processes}"]
+            overrides = [*options.override, engine, f"batch.rows={options.rows * processes * micro_batches}"]
             overrides.append(f"batch.micro_rows={options.rows * (2 if 'context' in name else 1)}")
             arguments = ["--folder", folder, "--recipe", options.recipe]
             arguments += [part for o in overrides for part in ("--override", o)]
-            record = {"name": name, "processes": processes, "overrides": overrides}
+            record = {"name": name, "processes": processes, "micro_batches": micro_batches, "overrides": overrides}
             record |= launch(processes, arguments, options.limit)
             result["runs"].append(record)
             print(record, flush=True)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,7 +139,7 @@ class Sharded(Distributed):
 
     A block is gathered whole when it is computed, and so is the embedding; the output matrix stays gathered from the
     forward to the backward. Gradients are summed over the processes after every micro-batch, so that none is kept
-    whole.
+    whole. With `reshard_after: step` everything is gathered once a step, and summed once.
     """
 
     sharded = True
@@ -154,6 +154,8 @@ class Sharded(Distributed):
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32),
         }
+        if self.section.reshard_after == "step":
+            options["reshard_after_forward"] = False
         body = self.model.model
         for block in body.layers:
             fully_shard(block, **options)
@@ -163,11 +165,16 @@ class Sharded(Distributed):
 
     def accumulate(self, function: Callable[..., Tensor], *arguments: Any, last: bool) -> Tensor:
         self.inside.set_requires_all_reduce(last)  # between groups of HSDP
+        if self.section.reshard_after == "step":
+            self.inside.set_reshard_after_backward(last)
+            self.inside.set_requires_gradient_sync(last)
         return super().accumulate(function, *arguments, last=last)
 
     def score(self, function: Callable[..., Any], *arguments: Any) -> Any:
         found = super().score(function, *arguments)
-        self.inside.reshard()  # what a backward would have let go of
+        for module in self.inside.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a backward would have let go of
         return found
 
     def clip(self, max_norm: float) -> Tensor:

@@ -121,18 +121,22 @@ class _Change:
 
 def _ladders(recipe: Recipe, processes: int) -> Iterator[list[_Change]]:
     """Changes, the smaller ones first; within a ladder each takes less memory than the one before."""
-    yield _fewer_rows(recipe, processes)
+    also = ""
+    if recipe.engine.reshard_after == "step":  # with it, fewer rows at once can take more: sums of micro-batches
+        also, recipe = "engine.reshard_after=block ", _with_engine(recipe, reshard_after="block")
+        yield [_Change(also.strip(), recipe, processes)]
+    yield _fewer_rows(recipe, processes, also)
     again = _with_engine(recipe, checkpointing="all")
     if recipe.engine.checkpointing != "all":
-        said = "engine.checkpointing=all"
+        said = f"{also}engine.checkpointing=all"
         yield [_Change(said, again, processes), *_fewer_rows(again, processes, said)]
     sharded = recipe.engine.kind in ("fsdp2", "zero3")
     if not sharded and processes > 1:
         for base, more in ((recipe, ""), (again, " engine.checkpointing=all")):
-            said, changed = f"engine.kind=fsdp2{more}", _with_engine(base, kind="fsdp2", replicas=None)
+            said, changed = f"{also}engine.kind=fsdp2{more}", _with_engine(base, kind="fsdp2", replicas=None)
             yield [_Change(said, changed, processes), *_fewer_rows(changed, processes, said)]
     # More processes divide what is kept. What one of them computes at once is the least there is.
-    settings, least = "engine.checkpointing=all batch.micro_rows=1", _with_rows(again, 1)
+    settings, least = f"{also}engine.checkpointing=all batch.micro_rows=1", _with_rows(again, 1)
     if not sharded:
         settings, least = f"engine.kind=fsdp2 {settings}", _with_engine(least, kind="fsdp2", replicas=None)
     counts = [processes << n for n in range(1, MOST_PROCESSES.bit_length()) if processes << n <= MOST_PROCESSES]
@@ -144,7 +148,7 @@ def _fewer_rows(recipe: Recipe, processes: int, also: str = "") -> list[_Change]
     """Ever fewer rows at once, with `also` said before."""
     rows, count = recipe.batch.micro_batches(processes, recipe.engine.context)
     divisors = [n for n in range(rows - 1, 0, -1) if rows * count % n == 0]
-    return [_Change(f"{also} batch.micro_rows={n}".strip(), _with_rows(recipe, n), processes) for n in divisors]
+    return [_Change(f"{also.strip()} batch.micro_rows={n}".strip(), _with_rows(recipe, n), processes) for n in divisors]
 
 
 def _with_engine(recipe: Recipe, **values: object) -> Recipe:

@@ -6,10 +6,12 @@ With P parameters, of which each process keeps 1/S:
     single, ddp  4 P                   8 P       4 P         –
     zero2        2 P + 4 P / S         8 P / S   2 P / S     a bucket of gradients
     fsdp2, hsdp  4 P / S               8 P / S   4 P / S     embedding, output, two blocks; gradients of one unit
+      by step    4 P / S               8 P / S   4 P         all weights; gradients of one unit
     zero3        2 P / S + 4 P / S     8 P / S   6 P / S     as fsdp2, and a bucket of gradients
 
 bytes, in precision bf16. S is the number of processes, in hsdp of those in one group. In fp32 every 2 is a 4; in
-pure_bf16 there are bf16 weights, gradients and moments and nothing else. Activations, logits and what operations take
+pure_bf16 there are bf16 weights, gradients and moments and nothing else. "By step" is `reshard_after: step`, its
+gradients are whole where several micro-batches add to them. Activations, logits and what operations take
 meanwhile: `step_memory.py`.
 """
 
@@ -168,15 +170,20 @@ def estimate_memory(recipe: Recipe, processes: int = 1, size: Size | None = None
     moments = 2 * kept * part
     weights, gathered = kept * part, 0
     gradient = kept * part  # bytes of all gradients, once whole
+    summed = gradient  # of it, what is left when the processes have added theirs up
     held = kept if whole_copy else compute  # bytes of a number of the weights that layers compute with
     if zero and compute != kept:
         weights += compute * (size.parameters if engine.kind == "zero2" else part)
-        gradient = (compute if engine.kind == "zero2" else compute + kept) * part
+        gradient = summed = (compute if engine.kind == "zero2" else compute + kept) * part
     elif engine.kind == "zero2":
         weights += compute * (size.parameters - part)
     if engine.kind in ("fsdp2", "hsdp", "zero3"):
         unit = max(size.largest_block, size.outside_blocks - size.embedding)
-        gathered += compute * (size.outside_blocks + 2 * size.largest_block) + (compute + 4) * unit
+        whole = size.outside_blocks + 2 * size.largest_block
+        if engine.reshard_after == "step":
+            whole = size.parameters
+            gradient = 4 * size.parameters if micro_batches > 1 else gradient
+        gathered += compute * whole + (compute + 4) * unit
     if zero:
         gathered += compute * min(size.parameters, BUCKET)
 
@@ -194,6 +201,6 @@ def estimate_memory(recipe: Recipe, processes: int = 1, size: Size | None = None
     outside = OUTSIDE + (COLLECTIVES if processes > 1 else 0)
     return max(
         Memory(weights, worst.gradients, moments, gathered, worst.working, outside),
-        Memory(weights, gradient, moments, 0, 0, outside),  # during the optimiser's step
+        Memory(weights, summed, moments, 0, 0, outside),  # during the optimiser's step
         key=lambda memory: memory.total,
     )

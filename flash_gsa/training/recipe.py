@@ -223,6 +223,11 @@ class EngineSection(Section):
     replicas: Positive | None = Field(
         default=None, description="groups of processes that hold a whole model each; hsdp only"
     )
+    reshard_after: Literal["block", "step"] = Field(
+        default="block",
+        description="when gathered weights are let go of and gradients summed; step is faster and takes memory for all "
+        "weights, and for all gradients where a step has several micro-batches. fsdp2 and hsdp only",
+    )
     context: Positive = Field(
         default=1, description="processes that one row is cut over, for rows beyond one device's memory"
     )
@@ -237,6 +242,11 @@ class EngineSection(Section):
     def _consistent(self) -> "EngineSection":
         if (self.kind == "hsdp") != (self.replicas is not None):
             raise ValueError("engine.replicas goes with engine.kind=hsdp: give both, or neither")
+        if self.reshard_after == "step" and self.kind not in ("fsdp2", "hsdp"):
+            raise ValueError(
+                f"engine.reshard_after=step is for engine.kind=fsdp2 and hsdp, whose weights are gathered; {self.kind} "
+                "has no such choice. Leave it out"
+            )
         if self.kind == "single" and self.context > 1:
             raise ValueError(
                 f"engine.context={self.context} cuts rows over several processes; engine.kind=single has one. "

@@ -31,9 +31,17 @@ KINDS = {
     "zero2": ["engine.kind=zero2"],
     "zero3": ["engine.kind=zero3"],
     "context": ["engine={kind: fsdp2, context: 2}"],
+    "step": ["engine={kind: fsdp2, reshard_after: step}"],
     "more": ["engine={kind: fsdp2, checkpointing: 2}", "batch.micro_rows=2"],
 }
-AFTER = [("fsdp2", "one"), ("zero3", "fsdp2"), ("zero2", "zero3"), ("ddp", "zero2"), ("hsdp", "context")]
+AFTER = [
+    ("fsdp2", "one"),
+    ("zero3", "fsdp2"),
+    ("zero2", "zero3"),
+    ("ddp", "zero2"),
+    ("hsdp", "context"),
+    ("step", "ddp"),
+]
 # Sums are taken in another order; AdamW's first steps divide by the size of a gradient, also where that is rounding.
 SAME = {"rel": 2e-5, "abs": 2e-6}
 
@@ -104,7 +112,7 @@ def test_their_checkpoints_hold_the_same_weights_and_moments(runs, kind):
         if not name.startswith("random/"):
             torch.testing.assert_close(found.read(name), expected.read(name), rtol=1e-3, atol=1e-5)
     shards = sorted(p.name for p in (found.folder / "shards").glob("*"))
-    sharded = kind in ("fsdp2", "context", "more")
+    sharded = kind in ("fsdp2", "context", "step", "more")
     assert shards == (["00000-of-00002.safetensors", "00001-of-00002.safetensors"] if sharded else shards)
     assert (found.folder / "model.safetensors").exists() == (kind in ("ddp", "zero2", "zero3"))
 
@@ -202,6 +210,7 @@ ON_GPUS = {
     "hsdp": (["precision=fp32"], 2e-4),
     "zero3": (["precision=fp32"], 2e-4),
     "context": (["precision=fp32"], 2e-4),
+    "step": (["precision=bf16"], 2e-2),
     "more": (["precision=bf16", "engine.compile=true"], 2e-2),
 }
 

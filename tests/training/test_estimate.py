@@ -78,6 +78,20 @@ def test_weights_and_moments_by_engine(size, engine, processes, weights, moments
     assert memory.total == memory.tensors + memory.outside
 
 
+def test_resharding_once_a_step_keeps_all_weights_and_the_sums_of_micro_batches(size):
+    def memory(micro_rows, **engine):
+        recipe = small(kind="fsdp2", **engine)
+        batch = recipe.batch.model_copy(update={"micro_rows": micro_rows})
+        return estimate_memory(recipe.model_copy(update={"batch": batch}), 2, size)
+
+    several, one = memory(8, reshard_after="step"), memory(32, reshard_after="step")
+    two_blocks = 2 * size.largest_block + size.outside_blocks
+    assert several.gathered - memory(8).gathered == 2 * (size.parameters - two_blocks)
+    assert several.gradients == pytest.approx(4 * size.parameters, rel=1e-6)
+    assert one.gradients < 4 * size.parameters / 2
+    assert (several.weights, several.moments) == (memory(8).weights, memory(8).moments)
+
+
 def test_pure_bf16_is_half(size):
     pure = small().model_copy(update={"precision": "pure_bf16"})
     memory, mixed = estimate_memory(pure, 1, size), estimate_memory(small(), 1, size)
@@ -183,6 +197,13 @@ def test_what_fits_is_accepted_and_what_does_not_is_refused_with_the_smallest_ch
     need = estimate_memory(small(), 1, size).total
     check_fits(small(), 1, need, size)
     assert "batch.micro_rows=4 (" in refusal(small(), 1, need - 1, size)
+
+
+def test_resharding_after_each_block_is_proposed_first(size):
+    recipe, block = small(kind="fsdp2", reshard_after="step"), small(kind="fsdp2")
+    need, less = (estimate_memory(r, 2, size).total for r in (recipe, block))
+    assert "smallest change that fits: engine.reshard_after=block (" in refusal(recipe, 2, need - 1, size)
+    assert "fits: engine.reshard_after=block batch.micro_rows=" in refusal(recipe, 2, less - 1, size)
 
 
 def test_each_change_that_is_proposed_fits(size):

@@ -114,6 +114,8 @@ REFUSED = [
     (["data.source=[3]"], r"data\.source: expected text, got \[3\] \(a list\)"),
     (["data={}"], r"data\.kind must be text or mqar, got None"),
     (["batch={rows: 2}"], r"batch\.length is missing; give it a value"),
+    (["engine.reshard_after=step"], r"engine\.reshard_after=step is for engine\.kind=fsdp2 and hsdp.*; single has no"),
+    (["engine.replicas=2"], r"engine\.replicas goes with engine\.kind=hsdp"),
     (["seed"], r"'seed' is not an override: expected key\.path=value"),
     (["seed=[1"], r"The value in 'seed=\[1' is not YAML"),
 ]
