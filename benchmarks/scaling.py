@@ -62,7 +62,8 @@ def measure(folder: Path, recipe_name: str, overrides: list[str]) -> dict[str, A
     engine = open_engine(recipe)
     rows, count = recipe.batch.micro_batches(engine.ranks, engine.context)
     torch.manual_seed(0)
-    model = GSAForCausalLM(model_config(recipe, VOCABULARY))
+    with engine.device:  # billions of random numbers take a CPU as long as all the steps
+        model = GSAForCausalLM(model_config(recipe, VOCABULARY))
     flops = training_flops(model, recipe.batch.length)
     engine.prepare(model, recipe.optimizer)
     store = prepare_tokens(str(folder / "text.jsonl"), load_tokenizer("byte"), cache_dir=folder / "tokens")

@@ -35,7 +35,8 @@ def about(command: str, device: str | None = None, known_commit: str | None = No
     if known_commit and not (found or "").startswith(known_commit):
         if found and not found.endswith("-dirty"):
             raise UsageError(
-                f"the code is at commit {found}, not at {known_commit!r}; --commit is for copies without git"
+                f"the code is at commit {found}, not at {known_commit!r}; --commit and FLASH_GSA_COMMIT are for copies "
+                "without git"
             )
         told = known_commit
     return {

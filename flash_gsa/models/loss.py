@@ -15,12 +15,11 @@ On a GPU one Triton kernel reads the logits of a piece in the products' format a
 Elsewhere, and for fp64, it is the same in PyTorch; a table of few logits is then made as a whole.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flash_gsa.ops.products import add_product
 from flash_gsa.ops.triton.available import runs_on
 
 try:
@@ -155,7 +154,7 @@ def _in_pieces(
             if grad_hidden is not None:
                 torch.mm(logits, w, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                _add_product(grad_weight, logits.t(), h, start == 0)
+                add_product(grad_weight, logits.t(), h, start == 0)
     return torch.cat(losses), grad_hidden, grad_weight
 
 
@@ -170,30 +169,6 @@ def _row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         grad = log_p.exp_().scatter_add_(-1, index, -torch.ones_like(index, dtype=log_p.dtype))
         logits.copy_(grad.mul_(scored.unsqueeze(-1)))
     return losses
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a b; total = a b for the `first`, whatever is in it."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    elif _sums_in_fp32(a.device, a.dtype):
-        # The product adds to what is there, without being rounded and without passes of its own.
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    elif first:
-        total.copy_(a @ b)
-    else:
-        total += a @ b
-
-
-@functools.cache
-def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds products of `dtype` to fp32 on that device."""
-    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import product_dtype
 from .triton.available import runs_on
 
 try:
@@ -88,13 +89,14 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float
         eps: ε.
 
     Returns:
-        h and y [..., D], in the dtype of x + b. Kept for the backward are h and a number a row. The weight's gradient
-        is summed in a fixed order.
+        h and y [..., D], in the dtype of x + b; under autocast y is in autocast's, to which the products that read it
+        would cast it. Kept for the backward are h and a number a row. The weight's gradient is summed in a fixed order.
     """
     summands = (x,) if branch is None else (x, branch)
     if x.shape[-1] > WIDEST_ROW or not uses_kernels(*summands) or summands[-1].shape != x.shape:
         h = x if branch is None else x + branch
-        return h, F.rms_norm(h, h.shape[-1:], None if weight is None else weight.to(h.dtype), eps)
+        normed = F.rms_norm(h, h.shape[-1:], None if weight is None else weight.to(h.dtype), eps)
+        return h, normed.to(product_dtype(h))
     return kernels.add_norm(x, branch, weight, eps)
 
 

@@ -1,6 +1,7 @@
 """What a run ran on: about.json in its folder, one entry for each time it was started or resumed."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from flash_gsa.benchmarking.about import about, write
 
 STARTS_FILE = "about.json"
+COMMIT = "FLASH_GSA_COMMIT"
+"""The environment variable that says which commit a copy of the code without git is."""
 
 
 def record_start(run_dir: Path, *, resume_step: int | None, device: str, engine: str) -> None:
@@ -23,7 +26,7 @@ def record_start(run_dir: Path, *, resume_step: int | None, device: str, engine:
         UsageError: the file cannot be written.
     """
     before = [] if resume_step is None else read_starts(run_dir)
-    start = {"step": resume_step or 0, "engine": engine, **about(_command(), device)}
+    start = {"step": resume_step or 0, "engine": engine, **about(_command(), device, os.environ.get(COMMIT))}
     write({"starts": [*before, start]}, run_dir / STARTS_FILE)
 
 

@@ -28,7 +28,8 @@ from flash_gsa.layers import norm
 from flash_gsa.layers.sequences import WholeSequences
 from flash_gsa.models import GSAConfig, GSAForCausalLM
 from flash_gsa.models import loss as losses
-from flash_gsa.ops import pointwise
+from flash_gsa.ops import linears, pointwise
+from flash_gsa.ops.products import product_dtype
 from flash_gsa.ops.triton.tiles import choose
 from flash_gsa.training.engine import checkpoint_blocks
 
@@ -177,7 +178,8 @@ def _sizes_only() -> Iterator[None]:
         (losses, "_rows", lambda hidden, targets: (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))),
         (losses, "_fused", lambda _: True),
         (losses, "_row_losses", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.float32)),
-        (losses, "_add_product", lambda *_: None),
+        (losses, "add_product", lambda *_: None),
+        (linears, "product", lambda a, b, dtype: a.new_empty(a.shape[0], b.shape[1], dtype=dtype)),
         (losses, "_scaled", lambda x, _, dtype: torch.empty_like(x, dtype=dtype)),
     )
     with ExitStack() as stack:
@@ -313,7 +315,7 @@ class _AddNorm(Function):
         total = x if branch is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
         ctx.save_for_backward(total, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         ctx.dtypes = x.dtype, None if branch is None else branch.dtype
-        return total, torch.empty_like(total)
+        return total, torch.empty_like(total, dtype=product_dtype(total))
 
     @staticmethod
     def backward(ctx, dtotal, dy):

@@ -125,6 +125,22 @@ def test_autocast_rounds_inputs_of_products_and_no_gradient_of_weights(device, f
         assert (got - want).norm() <= 8 * torch.finfo(HALF).eps * want.norm()
 
 
+@pytest.mark.gpu
+def test_a_float32_weights_gradient_is_not_rounded_to_bfloat16(fused):  # noqa: F811
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x = normal(300, 64, dtype=torch.bfloat16, device="cuda")
+    maps = [w.requires_grad_() for w in weights((64, 64), (96, 64), (96, 64), (64, 96), device="cuda")]
+    norm = torch.ones(64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        (y,) = shared_linears(x, maps[0])
+        z = swiglu_mlp(x, *maps[1:]) + silu_norm_linear(x, norm, 1e-5, maps[0])
+    assert len(fused) == 3
+    for gradient in torch.autograd.grad((y, z), maps, (y.detach(), z.detach())):
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_kept_is_what_is_said_to_be(device, fused):  # noqa: F811
     x = normal(6, 32, device=device).requires_grad_()

@@ -182,19 +182,6 @@ def test_under_autocast(at_once):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_add_in_float32(dtype):
-    """Where PyTorch can: without it the loss is right, and slower."""
-    assert losses._sums_in_fp32(torch.device("cuda", 0), dtype)
-    a, b = (torch.randn(300, n, device="cuda", dtype=dtype) for n in (1001, 64))
-    total = torch.full((1001, 64), float("nan"), device="cuda")
-    want = a.t().double() @ b.double()
-    for times in (1, 2, 3):
-        losses._add_product(total, a.t(), b, times == 1)
-        torch.testing.assert_close(total.double(), times * want, rtol=1e-5, atol=1e-3)
-
-
-@gpu
 def test_memory_is_a_piece_and_the_sums():
     N, V, d = 8192, 8000, 256
     hidden, weight, targets = (

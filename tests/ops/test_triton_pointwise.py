@@ -171,6 +171,31 @@ def test_a_branch_may_have_fewer_digits_than_the_residual_stream(device, fused):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_under_autocast_the_norm_is_what_a_product_would_read(device, with_weight, fused):
+    """The same numbers, and the same gradients, as if a product cast it: in fewer passes over memory."""
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    x, branch = normal(4, 48, device=device), normal(4, 48, seed=1, dtype=dtype, device=device)
+    weight = torch.rand(48, device=device) if with_weight else None
+    dh, dy = normal(4, 48, seed=2, device=device), normal(4, 48, seed=3, dtype=dtype, device=device)
+
+    def run(autocast):
+        leaves = [z.detach().clone().requires_grad_() for z in (x, branch, weight) if z is not None]
+        with torch.autocast(device, dtype, enabled=autocast):
+            h, y = add_norm(leaves[0], leaves[1], leaves[2] if with_weight else None, 1e-6)
+        assert h.dtype == torch.float32
+        assert y.dtype == (dtype if autocast else torch.float32)
+        return h, y.to(dtype), *torch.autograd.grad((h, y), leaves, (dh, dy.to(y.dtype)))
+
+    found, usual = run(True), run(False)
+    assert len(fused) == 2
+    assert all(map(torch.equal, found, usual))
+    with pointwise.separate():
+        for got, want in zip(found, run(True), strict=True):
+            torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_norm_is_that_of_the_sum_as_it_is_kept(device, fused):
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     x, branch = (normal(9, 64, seed=seed, dtype=dtype, device=device) for seed in (0, 1))

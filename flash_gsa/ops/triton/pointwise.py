@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..products import product_dtype
 from .launching import run
 
 # Numbers of one tensor that 4 warps hold: in 16 bits two loads of 16 bytes a thread. A wider row gets more warps.
@@ -224,13 +225,14 @@ def add_norm_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_backward(
-    total, weight, inverse, dtotal, dy, dx, parts, rows,
+    total, weight, inverse, dtotal, dy, dbranch, dx, parts, rows,
     D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-    HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SUM: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With n = r h and u = dy ∘ w: dx = dh + r (u - n mean(n u)); and this program's part of dw = Σ_rows n ∘ dy.
 
     Programs and `parts` as in `norm_backward`. HAS_SUM: there is dh, the gradient that h has from elsewhere.
+    HAS_BRANCH: dx is wanted in the dtype of dbranch, too.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     od = tl.arange(0, BD)
@@ -253,6 +255,8 @@ def add_norm_backward(
         if HAS_SUM:
             found += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
+        if HAS_BRANCH:
+            tl.store(dbranch + at, found.to(dbranch.dtype.element_ty), mask=inside)
     if HAS_WEIGHT:
         tl.store(parts + program.to(tl.int64) * D + od, tl.sum(part, axis=0), mask=od < D)
 
@@ -439,7 +443,8 @@ def _add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: floa
     plan, rows, total = Rows(x.shape[-1]), x.numel() // x.shape[-1], x
     if branch is not None:
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
-    y, inverse = torch.empty_like(total), x.new_empty(rows, dtype=torch.float32)
+    y = torch.empty_like(total, dtype=product_dtype(total))
+    inverse = x.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
         constants = plan.sizes | {"HAS_BRANCH": branch is not None, "HAS_WEIGHT": weight is not None}
         arguments = (x, branch, weight, None if branch is None else total, y, inverse, rows, eps)
@@ -460,12 +465,13 @@ class _AddNorm(Function):
     @once_differentiable
     def backward(ctx, dtotal, dy):
         total, weight, inverse = ctx.saved_tensors
-        dx, dweight = dtotal, None
+        dx, dbranch, dweight = dtotal, None, None
         if dy is not None:
             dtotal = None if dtotal is None else dtotal.contiguous()
-            outgoing = (dtotal, dy.contiguous())
-            dx, dweight = _norm_gradients(
-                add_norm_backward, total, weight, inverse, *outgoing, HAS_SUM=dtotal is not None
-            )
+            if ctx.dtypes[1] not in (None, total.dtype):
+                dbranch = torch.empty_like(total, dtype=ctx.dtypes[1])
+            outgoing = (dtotal, dy.contiguous(), dbranch)
+            constants = {"HAS_SUM": dtotal is not None, "HAS_BRANCH": dbranch is not None}
+            dx, dweight = _norm_gradients(add_norm_backward, total, weight, inverse, *outgoing, **constants)
         of_x, of_branch = (None if dx is None or dtype is None else dx.to(dtype) for dtype in ctx.dtypes)
-        return of_x, of_branch, dweight, None
+        return of_x, of_branch if dbranch is None else dbranch, dweight, None
