@@ -58,7 +58,8 @@ def mqar_tiny(result: dict[str, Any]) -> str:
     )
 
 
-def prose_15m(result: dict[str, Any]) -> str:
+def prose(result: dict[str, Any]) -> str:
+    """A model of text by sources of test documents, and what its run took and did with its slots."""
     sources = {"all": result["test"]["total"], **dict(sorted(result["test"]["by_source"].items()))}
     rows = [
         [name, f"{s['bits_per_byte']:.3f}", f"{s['perplexity']:.1f}", f"{s['bytes']:,}", str(s["documents"])]
@@ -69,11 +70,20 @@ def prose_15m(result: dict[str, Any]) -> str:
         [
             table(["test documents of", "bits per byte", "perplexity per token", "bytes", "documents"], rows),
             f"Trained on {last['tokens'] / 1e6:.1f} M tokens in {minutes(result['seconds'])} ({last['step']} steps), "
-            f"at most {result['largest_memory_bytes'] / 2**30:.1f} GiB of GPU memory. The operator ran on the backend "
-            "`chunk`, in PyTorch.",
+            f"at most {result['largest_memory_bytes'] / 2**30:.1f} GiB of GPU memory. {_slots(last)}",
             told(result["about"]),
         ]
     )
+
+
+def _slots(evaluation: dict[str, Any]) -> str:
+    """What layers do with their slots, from the smallest to the largest of any layer."""
+    parts = []
+    for key, said in (("slot_entropy", "of the largest entropy they could have"), ("dead_slots", "are dead")):
+        shares = evaluation.get(key, {}).values()
+        if shares:
+            parts.append(f"{min(shares):.0%} to {max(shares):.0%} {said}")
+    return f"Slots, by layer: {', '.join(parts)}." if parts else ""
 
 
 def kernel_steps(result: dict[str, Any]) -> str:
@@ -267,7 +277,8 @@ def memory(result: dict[str, Any]) -> str:
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
-    "prose_15m": prose_15m,
+    "prose_15m": prose,
+    "prose_100m": prose,
     "op_cpu": operator,
     "op_gpu": operator,
     "op_gpu-summary": summary,
@@ -278,7 +289,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "drift": drift,
     "train_gpu": training,
     "train_gpu-summary": training_summary,
-    "train_gpu_compiled": training,
+    "train_gpu_variants": training,
     "context_parallel": context_parallel,
     "memory": memory,
     "memory_sharded": memory,
