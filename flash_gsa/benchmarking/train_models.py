@@ -57,6 +57,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
+        Size("130M", hidden=768, layers=12, heads=3, softmax_heads=12),
         Size("340M", hidden=1024, layers=24, heads=4, softmax_heads=8),
         Size("1.3B", hidden=2048, layers=24, heads=4, softmax_heads=16),
         Size("2.7B", hidden=2560, layers=32, heads=5, softmax_heads=20),

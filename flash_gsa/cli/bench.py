@@ -146,7 +146,7 @@ def train(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Size of the models: 340M, 1.3B, 2.7B, tiny.", metavar="NAME", show_default="1.3B; on a CPU tiny"
+            help="Size of the models: 130M, 340M, 1.3B, 2.7B, tiny.", metavar="NAME", show_default="1.3B; on a CPU tiny"
         ),
     ] = None,
     tokens: Annotated[

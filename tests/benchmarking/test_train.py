@@ -222,7 +222,9 @@ def test_compiled_blocks_and_formats():
     assert {b.dtype for b in llama.buffers()} == {torch.float32}  # angles of the rotation
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("340M", 0.37e9), ("1.3B", 1.37e9), ("2.7B", 2.73e9)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("130M", 0.135e9), ("340M", 0.37e9), ("1.3B", 1.37e9), ("2.7B", 2.73e9)]
+)
 def test_sizes_correspond(name, parameters):
     size = SIZES[name]
     with torch.device("meta"):
