@@ -32,19 +32,28 @@ from flash_gsa.training.trainer import step_loss
 
 WARM, TIMED = 4, 12
 VOCABULARY = 32_000
-ONE, SHARDED, BY_STEP = "engine.kind=single", "engine.kind=fsdp2", "engine={kind: fsdp2, reshard_after: step}"
+ONE, SHARDED, REPLICAS = ("engine.kind=single",), ("engine.kind=fsdp2",), ("engine.kind=ddp",)
+BY_STEP, CUT = (*SHARDED, "engine.reshard_after=step"), (*SHARDED, "engine.context={processes}")
 # Name, processes (2 stands for those that were asked for), micro-batches a step, engine. A step of one micro-batch
 # shows what exchanging takes at its most; one of several is nearer to a recipe's half a million tokens.
 CONFIGURATIONS = (
     ("one GPU", 1, 1, ONE),
     ("FSDP2", 2, 1, SHARDED),
     ("FSDP2, `reshard_after: step`", 2, 1, BY_STEP),
-    ("DDP", 2, 1, "engine.kind=ddp"),
-    ("rows cut over two (`context: 2`), FSDP2", 2, 1, "engine={kind: fsdp2, context: 2}"),
+    ("DDP", 2, 1, REPLICAS),
+    ("one row, cut over all (`context`), FSDP2", 2, 1, CUT),
     ("one GPU", 1, 4, ONE),
     ("FSDP2", 2, 4, SHARDED),
     ("FSDP2, `reshard_after: step`", 2, 4, BY_STEP),
 )
+
+
+def settings(engine: tuple[str, ...], processes: int, micro_batches: int, rows: int, length: int) -> list[str]:
+    """What a recipe is overridden with so that every process computes `rows · length` tokens at once."""
+    chosen = [setting.format(processes=processes) for setting in engine]
+    if engine == CUT:  # as many tokens in one row, what cutting is for
+        return [*chosen, "batch.rows=1", "batch.micro_rows=1", f"batch.length={rows * processes * length}"]
+    return [*chosen, f"batch.rows={rows * processes * micro_batches}", f"batch.micro_rows={rows}"]
 
 
 def write_text(folder: Path) -> None:
@@ -145,13 +154,13 @@ def main() -> None:
     command = f"python -m benchmarks.scaling --recipe {options.recipe} --processes {options.processes}"
     command += "".join(f" --override '{o}'" for o in options.override)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    length = load_recipe(options.recipe, options.override, data_named=False).batch.length
     result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
         for name, several, micro_batches, engine in CONFIGURATIONS:
             processes = 1 if several == 1 else options.processes
-            overrides = [*options.override, engine, f"batch.rows={options.rows * processes * micro_batches}"]
-            overrides.append(f"batch.micro_rows={options.rows * (2 if 'context' in name else 1)}")
+            overrides = [*options.override, *settings(engine, processes, micro_batches, options.rows, length)]
             arguments = ["--folder", folder, "--recipe", options.recipe]
             arguments += [part for o in overrides for part in ("--override", o)]
             record = {"name": name, "processes": processes, "micro_batches": micro_batches, "overrides": overrides}

@@ -1,0 +1,37 @@
+"""One process and several compute as much each; the table says how many times one they are together."""
+
+import pytest
+
+from benchmarks.render import scaling
+from benchmarks.scaling import CONFIGURATIONS, settings
+from flash_gsa.training.recipe_file import load_recipe
+
+
+@pytest.mark.parametrize(("name", "several", "micro_batches", "engine"), CONFIGURATIONS)
+def test_every_process_computes_as_many_tokens(name, several, micro_batches, engine):
+    processes = 1 if several == 1 else 4
+    overrides = settings(engine, processes, micro_batches, rows=8, length=2048)
+    recipe = load_recipe("gsa_1.3b", overrides, data_named=False)
+    rows, count = recipe.batch.micro_batches(processes, recipe.engine.context)
+    assert count == micro_batches
+    assert rows * recipe.batch.length / recipe.engine.context == 8 * 2048
+    assert (recipe.engine.context > 1) == ("context" in name)
+
+
+def test_each_is_compared_with_one_process_that_computes_as_often_a_step():
+    about = {"command": "measure", "date": "2026-11-27", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
+    run = {"tokens_a_step": 16, "mfu": None, "peak_bytes": 2**30, "data_share": 0.0}
+    runs = [
+        {"name": name, "processes": processes, "micro_batches": count, "tokens_per_second": speed} | run
+        for name, processes, count, speed in (
+            ("one", 1, 1, 10),
+            ("two", 2, 1, 19),
+            ("one", 1, 4, 16),
+            ("two", 2, 4, 28),
+        )
+    ]
+    failed = {"name": "no", "processes": 2, "micro_batches": 1, "problem": "took too long"}
+    text = scaling({"about": about, "recipe": "gsa_1.3b", "runs": [*runs, failed]})
+    assert "| two | 2 | 1 | 19 | 1.90 |  | 1.0 | 0.00% |" in text
+    assert "| two | 2 | 4 | 28 | 1.75 |  | 1.0 | 0.00% |" in text
+    assert "| no | 2 | 1 | took too long |" in text
