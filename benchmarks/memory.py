@@ -30,20 +30,21 @@ from flash_gsa.training.trainer import step_loss
 
 # fmt: off
 ON_ONE = (
-    ("gsa_340m", "engine.kind=single"),
-    ("gsa_340m", "engine.kind=single", "engine.checkpointing=all"),
-    ("gsa_1.3b", "engine.kind=single", "model.num_hidden_layers=6"),
-    ("gsa_1.3b", "engine.kind=single", "batch.micro_rows=4", "precision=pure_bf16"),
-    ("gsa_1.3b", "engine.kind=single"),
-    ("gsa_2.7b", "engine.kind=single", "engine.checkpointing=all"),
+    ("gsa_340m", "engine={kind: single}"),
+    ("gsa_340m", "engine={kind: single, checkpointing: all}"),
+    ("gsa_1.3b", "engine={kind: single}", "model.num_hidden_layers=6"),
+    ("gsa_1.3b", "engine={kind: single}", "batch.micro_rows=4", "precision=pure_bf16"),
+    ("gsa_1.3b", "engine={kind: single}"),
+    ("gsa_2.7b", "engine={kind: single, checkpointing: all}"),
     ("prose_100m",),
 )
 ON_SEVERAL = (
     ("gsa_340m",),
-    ("gsa_340m", "engine.kind=fsdp2"),
+    ("gsa_340m", "engine={kind: fsdp2}"),
     ("gsa_1.3b",),
-    ("gsa_1.3b", "engine.checkpointing=all"),
-    ("gsa_1.3b", "engine.kind=zero2"),
+    ("gsa_1.3b", "engine={kind: fsdp2}"),
+    ("gsa_1.3b", "engine={kind: fsdp2, checkpointing: all}"),
+    ("gsa_1.3b", "engine={kind: zero2}"),
 )
 # fmt: on
 

@@ -32,8 +32,8 @@ from flash_gsa.training.trainer import step_loss
 
 WARM, TIMED = 4, 12
 VOCABULARY = 32_000
-ONE, SHARDED, REPLICAS = ("engine.kind=single",), ("engine.kind=fsdp2",), ("engine.kind=ddp",)
-BY_STEP, CUT = (*SHARDED, "engine.reshard_after=step"), (*SHARDED, "engine.context={processes}")
+ONE, REPLICAS, SHARDED = "engine={kind: single}", "engine={kind: ddp}", "engine={kind: fsdp2}"
+BY_STEP, CUT = "engine={kind: fsdp2, reshard_after: step}", "engine={kind: fsdp2, context: PROCESSES}"
 # Name, processes (2 stands for those that were asked for), micro-batches a step, engine. A step of one micro-batch
 # shows what exchanging takes at its most; one of several is nearer to a recipe's half a million tokens.
 CONFIGURATIONS = (
@@ -48,12 +48,12 @@ CONFIGURATIONS = (
 )
 
 
-def settings(engine: tuple[str, ...], processes: int, micro_batches: int, rows: int, length: int) -> list[str]:
+def settings(engine: str, processes: int, micro_batches: int, rows: int, length: int) -> list[str]:
     """What a recipe is overridden with so that every process computes `rows · length` tokens at once."""
-    chosen = [setting.format(processes=processes) for setting in engine]
+    chosen = engine.replace("PROCESSES", str(processes))
     if engine == CUT:  # as many tokens in one row, what cutting is for
-        return [*chosen, "batch.rows=1", "batch.micro_rows=1", f"batch.length={rows * processes * length}"]
-    return [*chosen, f"batch.rows={rows * processes * micro_batches}", f"batch.micro_rows={rows}"]
+        return [chosen, "batch.rows=1", "batch.micro_rows=1", f"batch.length={rows * processes * length}"]
+    return [chosen, f"batch.rows={rows * processes * micro_batches}", f"batch.micro_rows={rows}"]
 
 
 def write_text(folder: Path) -> None:

@@ -217,7 +217,7 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
     ("device", "kills", "steps"),
-    [("cpu", 20, 400), pytest.param("cuda", 3, 1500, marks=pytest.mark.gpu)],
+    [("cpu", 20, 400), pytest.param("cuda", 3, 800, marks=pytest.mark.gpu)],
 )
 def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps):
     more = (f"schedule.steps={steps}", "checkpoints.every=16", "evaluation.every=200", "batch={rows: 1, length: 16}")
