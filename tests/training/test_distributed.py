@@ -75,7 +75,9 @@ def make_runs(folder):
         asked.append({"overrides": overrides, "after": [str(folder / other), 4]})
     asked.append({"overrides": settings("odd", *KINDS["fsdp2"], "batch.rows=3")})
     asked.append({"overrides": settings("single")})
-    asked.append({"overrides": settings("nan", *KINDS["zero2"], "optimizer.lr=1e38", "schedule.warmup_steps=0")})
+    for kind in ("zero2", "fsdp2"):
+        huge = ("optimizer.lr=1e38", "schedule.warmup_steps=0")
+        asked.append({"overrides": settings(f"nan by {kind}", *KINDS[kind], *huge)})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for other in ("fsdp2", "zero3"):
@@ -146,8 +148,9 @@ def test_what_does_not_fit_the_processes_is_refused_by_each(runs):
     assert len(refusals(runs("odd"))) == len(refusals(runs("single"))) == 2
 
 
-def test_what_is_not_finite_stops_every_process(runs):
-    messages = refusals(runs("nan"))
+@pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
+def test_what_is_not_finite_stops_every_process(runs, kind):
+    messages = refusals(runs(f"nan by {kind}"))
     assert len(messages) == 2
     for message in messages:
         assert re.search(r"Training stopped at step \d: (loss|the held-out score|g contains)", message)

@@ -1,10 +1,14 @@
 """Devices and precisions: what is there, and what is refused."""
 
+import math
+
 import pytest
 import torch
 
 from flash_gsa.errors import UsageError
+from flash_gsa.models import GSAConfig, GSAForCausalLM
 from flash_gsa.training.engine import Engine
+from flash_gsa.training.recipe import OptimizerSection
 
 
 @pytest.fixture
@@ -33,6 +37,36 @@ def test_bf16_on_a_cpu_that_has_it(with_bf16):
 def test_bf16_on_a_cpu_that_would_emulate_it(no_bf16):
     with pytest.raises(UsageError, match=r"precision=bf16 would be emulated.*Use precision=fp32"):
         Engine("cpu", "bf16")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(device, bad):
+    """Neither weights nor moments nor their count of steps: as if it had not been."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = GSAConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_heads=1, num_slots=4, intermediate_size=16
+    )
+    settings = OptimizerSection(lr=1e-2, min_lr=1e-3)
+
+    def run(*factors):
+        torch.manual_seed(0)
+        engine = Engine(device, "fp32")
+        engine.prepare(GSAForCausalLM(config), settings)
+        outcomes = []
+        for factor in factors:
+            losses = [engine.accumulate(lambda m, x: x * m.lm_head.weight.square().mean(), factor, last=True)]
+            if bad == "gradient" and math.isnan(factor):
+                losses = [torch.ones_like(losses[0])]
+            outcomes.append(engine.update(losses, 1e-2, 1.0, seconds=0.0, stop=False))
+        return outcomes, {name: piece.tensor.clone() for name, piece in engine.pieces().items()}
+
+    outcomes, found = run(1.0, float("nan"), 2.0)
+    assert [outcome.finite for outcome in outcomes] == [True, False, True]
+    _, expected = run(1.0, 2.0)
+    assert len(found) > 3
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cpu0", "mps", "cuda:99"])
