@@ -17,7 +17,8 @@ from flash_gsa.training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
-MEASURED = ROOT / "benchmarks" / "results" / "scaling.json"
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = RESULTS / "scaling.json"
 BLOCK = re.compile(r"(# <!-- expected -->\n).*?(# <!-- end -->)", re.DOTALL)
 GPU, MEMORY = "H100", 0.9 * 79 * GIB
 """What PyTorch sees of an H100 with 80 GB, less what its allocator may lose between tensors."""
@@ -46,7 +47,17 @@ def _lines(name: str) -> list[str]:
         run, said = _fitting(recipe, count, size)
         time = duration(run.seconds((one if count == 1 else several) * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
-    return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin]
+    return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_taken(name)]
+
+
+def _taken(name: str) -> list[str]:
+    """What a run of the recipe took whose result is kept."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    run = json.loads(path.read_text(encoding="utf-8"))
+    memory = run["largest_memory_bytes"] / GIB
+    return [f"  Measured: {run['seconds']:.0f} s and {memory:.1f} GiB of tensors on one {run['about']['device']}."]
 
 
 def _sizes(run: DryRun) -> list[str]:

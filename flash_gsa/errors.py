@@ -7,13 +7,15 @@ from difflib import get_close_matches
 class UsageError(ValueError):
     """A mistake in what the user gave: says what was wrong, what was expected, what to do.
 
-    The command line prints its message without a traceback and exits with status 2.
+    The command line prints its message without a traceback and exits with `status`.
 
     Attributes:
         everywhere: every process of a run raises it, in the same words; so the first alone prints it.
+        status: 2; 1 where nothing that was given is wrong: a disk that is full, a loss that is not finite.
     """
 
     everywhere = False
+    status = 2
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

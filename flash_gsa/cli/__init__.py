@@ -44,4 +44,4 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageError as mistake:
         if not mistake.everywhere or int(os.environ.get("RANK", 0)) == 0:
             print(f"flash-gsa: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(mistake.status)

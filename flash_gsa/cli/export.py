@@ -13,12 +13,18 @@ _DTYPES = ("as-trained", "fp32", "bf16", "fp16")
 
 def export(
     checkpoint: CheckpointArgument,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model goes.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Where the model goes: new, empty, or an earlier export.", show_default=False
+        ),
+    ],
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of the weights: {', '.join(_DTYPES)}.")] = _DTYPES[0],
 ) -> None:
     """Write a checkpoint's model and tokenizer as a Hugging Face folder.
 
     From a checkpoint of any engine, also one whose weights lie in shards of many processes; needs no GPU.
+    FOLDER is made. If it is there, it must be empty or hold an earlier export, which is replaced.
 
     Examples:
 

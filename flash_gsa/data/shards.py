@@ -91,27 +91,32 @@ def open_shard(path: Path, key: str, number: int, labels: list[str]) -> Shard:
     """Map shard `number` of the store `key`. Reads nothing but the schema.
 
     Raises:
-        UsageError: it is not a shard, or that of another store or number.
+        UsageError: it is damaged, is not a shard, or is that of another store or number.
+        OSError: it cannot be opened.
     """
-    try:
-        # Closing the file leaves the map: thousands of shards need no open files.
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-            metadata = {name.decode(): value.decode() for name, value in (reader.schema.metadata or {}).items()}
-            found, expected = (metadata.get("store"), metadata.get("shard")), (key, str(number))
-            if found != expected:
-                raise UsageError(
-                    f"{path} is shard {found[1]} of the token store {found[0]}, and the manifest beside it expects "
-                    f"shard {number} of {key}. Delete this shard; it is built again alone"
-                )
-            batch = reader.read_next_batch()
+    # Closing the file leaves the map: thousands of shards need no open files.
+    with pa.memory_map(str(path)) as file:
+        try:
+            with pa.ipc.open_stream(file) as reader:
+                metadata = {name.decode(): value.decode() for name, value in (reader.schema.metadata or {}).items()}
+                batch = reader.read_next_batch()
+            batch.validate()  # sizes only; without it a damaged one could crash the process
             tokens = batch.column("tokens")
             num_bytes, source, digest = (batch.column(name).to_numpy() for name in ("num_bytes", "source", "digest"))
-            return Shard(tokens.values.to_numpy(), tokens.offsets.to_numpy(), num_bytes, source, digest, labels)
-    except (pa.ArrowException, KeyError, StopIteration, AttributeError) as error:
+            shard = Shard(tokens.values.to_numpy(), tokens.offsets.to_numpy(), num_bytes, source, digest, labels)
+        # The file is open and mapped: an OSError too is what Arrow says of contents that it cannot make out.
+        except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration, AttributeError) as error:
+            raise UsageError(
+                f"the shard {path} is damaged, or is not a shard of tokens ({type(error).__name__}: {error}). Delete "
+                "this shard; it is built again alone"
+            ) from error
+    found, expected = (metadata.get("store"), metadata.get("shard")), (key, str(number))
+    if found != expected:
         raise UsageError(
-            f"{path} is not a shard of tokens ({type(error).__name__}: {error}). Delete this shard; it is built "
-            "again alone"
-        ) from error
+            f"{path} is shard {found[1]} of the token store {found[0]}, and the manifest beside it expects "
+            f"shard {number} of {key}. Delete this shard; it is built again alone"
+        )
+    return shard
 
 
 def sha256_of(file: Path) -> str:

@@ -48,8 +48,8 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
         end = int(np.searchsorted(rank, rank[min(end, len(rank)) - 1], side="right"))
         if end >= len(rank):
             raise UsageError(
-                f"held_out {dict(held_out)!r} leaves no document to train on: there are {len(rank)} documents of "
-                f"{total:,} bytes. Hold out less, or name a separate source for it"
+                f"{', '.join(f'{name}={size}' for name, size in held_out.items())} leaves no document to train on: "
+                f"there are {len(rank)} documents of {total:,} bytes. Hold out less, or name a separate source for it"
             )
         parts[name] = np.sort(order[start:end])
         start = end

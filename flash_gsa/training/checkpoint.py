@@ -38,6 +38,7 @@ from torch import Tensor
 
 from flash_gsa.errors import UsageError
 from flash_gsa.training.engine import Piece
+from flash_gsa.training.errors import NotWritten
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
@@ -332,20 +333,21 @@ def check_space(run_dir: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(what: str, run_dir: Path) -> Iterator[None]:
-    """Turns a failure to write into a UsageError that says `what` failed, why, and what is safe."""
+    """Turns a failure to write into a NotWritten that says `what` failed, why, and what is safe."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "os error 28" in str(error):
             reason = "no space is left on the disk"
-            cure = "Free some space and run the same command again to go on."
+            cure = "Free some space"
         else:
             reason = str(error)
-            cure = "Mend that, and run the same command again to go on."
+            cure = "Mend that"
         folders = _folders(run_dir)
         safe = f"{folders[-1][1]} is complete." if folders else "No checkpoint has been written yet."
-        raise UsageError(f"{what}: {reason}. {safe} {cure}") from error
+        cure += f", and run the same command again {'to go on' if folders else 'to start anew'}."
+        raise NotWritten(f"{what}: {reason}. {safe} {cure}") from error
 
 
 def _folders(run_dir: Path) -> list[tuple[int, Path]]:

@@ -9,9 +9,7 @@ sharding could be tested on GPUs only, and takes DeepSpeed's step inside the bac
 finite could no longer be kept from the weights.
 """
 
-import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,6 +33,7 @@ from flash_gsa.training.optimizer import build_optimizer, own_rows
 from flash_gsa.training.recipe import EngineSection, OptimizerSection
 
 _HOW = "torchrun --nproc-per-node N -m flash_gsa train …"
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Distributed(Engine):
@@ -203,6 +202,14 @@ def _check_start(kind: str, device: str) -> None:
             f"engine.kind={kind} needs processes that a launcher has started: {_HOW} "
             "(or accelerate launch). For one process without a launcher set engine.kind=single"
         )
+    if not dist.is_initialized():
+        if missing := [name for name in _LAUNCHER if name not in os.environ]:
+            raise UsageError(f"{', '.join(missing)} is not in the environment, where a launcher puts it: {_HOW}")
+        rank, ranks = (os.environ[name] for name in _LAUNCHER[:2])
+        if not (rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks)):
+            raise UsageError(
+                f"RANK={rank} with WORLD_SIZE={ranks}: expected whole numbers, RANK from 0 below WORLD_SIZE"
+            )
     if ":" in device:
         raise UsageError(f"device={device} is one device, and engine.kind={kind} has several. Use device=cuda or auto")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -220,15 +227,14 @@ def _start(device: torch.device, timeout: int) -> None:
         return
     from accelerate import PartialState
 
-    began = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     try:
         PartialState(cpu=device.type == "cpu", timeout=timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        rank, ranks, address, port = (os.environ[name] for name in _LAUNCHER)
         reason = str(error).strip().splitlines()[0][:200]
         raise UsageError(
-            f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} did not find the others at "
-            f"{address} within {math.ceil(time.monotonic() - began)} s ({reason}). Check that the process of rank 0 "
-            "runs, that its address and port can be reached from here, and that all were given the same"
+            f"Process {rank} of {ranks} did not find the others at {address}:{port} within engine.timeout={timeout} s "
+            f"({reason}). Check that the process of rank 0 runs, that its address and port can be reached from here, "
+            "and that all were given the same"
         ) from error

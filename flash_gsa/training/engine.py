@@ -219,6 +219,25 @@ class Engine:
         """The picklable `value` of the main process."""
         return value
 
+    def told_by_main(self, function: Callable[[], Any]) -> Any:
+        """`function()` of the main process, which alone calls it; picklable.
+
+        Raises:
+            UsageError: what it raises there is raised by every process.
+        """
+        value = mistake = None
+        if self.is_main:
+            try:
+                value = function()
+            except UsageError as error:
+                mistake = error
+        value, said = self.broadcast((value, None if mistake is None else (str(mistake), mistake.status)))
+        if said is not None:
+            mistake = mistake or UsageError(said[0])
+            mistake.everywhere, mistake.status = True, said[1]
+            raise mistake
+        return value
+
     def barrier(self) -> None:
         """Waits until every process is here."""
 

@@ -5,6 +5,12 @@ from pathlib import Path
 from flash_gsa.errors import UsageError
 
 
+class NotWritten(UsageError):
+    """The disk did not take what a run writes: its metrics or a checkpoint."""
+
+    status = 1
+
+
 class TrainingStopped(UsageError):
     """The loss or the gradient was no longer a finite number; the weights were not touched by it.
 
@@ -13,6 +19,8 @@ class TrainingStopped(UsageError):
         checkpoint: the last good checkpoint, or None if none had been written.
         everywhere: see `UsageError`.
     """
+
+    status = 1
 
     def __init__(self, message: str, *, step: int, checkpoint: Path | None, everywhere: bool = False) -> None:
         super().__init__(message)

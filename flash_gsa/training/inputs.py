@@ -138,18 +138,18 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
         store = _store(entry.source, data, tokenizer, _limit(data.max_bytes, share), progress)
         if entry.name is not None:
             store = store.labelled(entry.name)
-        sizes: dict[str, int | float] = {}
+        sizes: dict[str, int | float] = {}  # by the key of the recipe, which a refusal names
         if data.held_out is not None:
-            sizes["held_out"] = data.held_out if data.held_out < 1 else _part_of(int(data.held_out), share)
+            sizes["data.held_out"] = data.held_out if data.held_out < 1 else _part_of(int(data.held_out), share)
         used = _limit(data.train_bytes, share)
         division = split_documents(store, sizes) if sizes else {}
         documents = division.get("train")  # None: all
         available = store.num_bytes if documents is None else int(store.sizes(documents).sum())
         if used is not None and used < available:
-            documents = split_documents(store, {**sizes, "used": used})["used"]
+            documents = split_documents(store, {**sizes, "data.train_bytes": used})["data.train_bytes"]
         train.append(Part(store, documents, entry.weight))
         stores.append(store)
-        held_out.append(first + division.get("held_out", np.array([], np.int64)))
+        held_out.append(first + division.get("data.held_out", np.array([], np.int64)))
         first += store.num_documents
     if data.valid_source is not None:
         held_out_store = _store(data.valid_source, data, tokenizer, None, progress)

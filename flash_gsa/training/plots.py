@@ -24,7 +24,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_LAYERS_NAMED = 6
+_LAYERS_NUMBERED = 24
 _SMALL = (6, 2.9)
 _LEAST_OF_HALF = 50
 
@@ -106,10 +106,10 @@ def report_pictures(records: Records, resumes: Sequence[int] = ()) -> list[Pictu
             Picture("Loss, second half", "The same, nearer.", _loss(half, size=_SMALL, resumes=late, legend=False))
         )
 
-    def curve(title: str, says: str, unit: str, values: list[float | None], *, large_range: bool = False) -> None:
+    def curve(title: str, says: str, unit: str, values: list[float | None], **manner: bool) -> None:
         points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
         if points:
-            found.append(Picture(title, says, _curve(points, unit, large_range=large_range)))
+            found.append(Picture(title, says, _curve(points, unit, **manner)))
 
     def by_layer(title: str, says: str, name: str) -> None:
         looked = [r for r in held_out if r.get(name)]
@@ -119,7 +119,7 @@ def report_pictures(records: Records, resumes: Sequence[int] = ()) -> list[Pictu
     def scaled(name: str, factor: float) -> list[float | None]:
         return [factor * r[name] if name in r else None for r in train]
 
-    curve("Learning rate", "Of each step.", "learning rate", scaled("lr", 1))
+    curve("Learning rate", "Of each step.", "learning rate", scaled("lr", 1), exact=True)
     curve("Gradient norm", "Before clipping.", "L2 norm", scaled("grad_norm", 1), large_range=True)
     says = "Tokens a second of each step, all devices together."
     curve("Throughput", says, "tokens/s", scaled("tokens_per_second", 1))
@@ -131,7 +131,7 @@ def report_pictures(records: Records, resumes: Sequence[int] = ()) -> list[Pictu
         unit, factor = ("TFLOP/s", 1e-12) if large else ("GFLOP/s", 1e-9)
         curve("Model FLOP/s", "The model's FLOPs a second.", unit, scaled("flops_per_second", factor))
     curve("Waiting for data", "Share of a step's time.", "% of the time", [_waiting(r) for r in train])
-    curve("Memory", "The largest so far, of the first process.", "GiB", scaled("memory_bytes", 2**-30))
+    curve("Memory", "The largest so far, of the first process.", "GiB", scaled("memory_bytes", 2**-30), exact=True)
     by_layer("Forgetting", "Mean of 1 − α: the share of a slot that a token lets go.", "forgetting")
     by_layer("Slot entropy", "1 where all slots are read alike, 0 where one is read alone.", "slot_entropy")
     by_layer("Dead slots", "Share that is hardly ever read.", "dead_slots")
@@ -179,7 +179,9 @@ def _loss(
 
 def _held_out_loss(axes: "Axes", held_out: Records) -> None:
     last = held_out[-1]
-    _points(axes, held_out, "loss", f"held-out loss (at the end {last['bits_per_byte']:.3f} bits per byte)")
+    _points(
+        axes, held_out, "loss", f"held-out loss ({last['bits_per_byte']:.3f} bits per byte at step {last['step']:,})"
+    )
     # Nats a token and bits a byte of one text differ by a constant factor.
     factor = last["bits_per_byte"] / last["loss"]
     right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
@@ -190,7 +192,8 @@ def _held_out_accuracy(axes: "Axes", held_out: Records) -> None:
     right = axes.twinx()
     right.set_ylim(-0.02, 1.02)
     right.set_ylabel("accuracy on held-out queries")
-    _points(right, held_out, "accuracy", f"held-out accuracy (at the end {held_out[-1]['accuracy']:.3f})")
+    last = held_out[-1]
+    _points(right, held_out, "accuracy", f"held-out accuracy ({last['accuracy']:.3f} at step {last['step']:,})")
 
 
 def _points(axes: "Axes", records: Records, name: str, label: str) -> None:
@@ -198,10 +201,14 @@ def _points(axes: "Axes", records: Records, name: str, label: str) -> None:
     axes.plot(steps, values, color=_HELD_OUT, marker="o", markersize=3, linewidth=1.5, label=label)
 
 
-def _curve(points: list[tuple[int, float]], unit: str, *, large_range: bool) -> bytes:
+def _curve(points: list[tuple[int, float]], unit: str, *, large_range: bool = False, exact: bool = False) -> bytes:
+    """A quantity over the steps: with its moving average, or, where it is `exact` and has no noise, as it is."""
     steps, values = [p[0] for p in points], [p[1] for p in points]
     with _drawing(_SMALL, place=(0.14, 0.15, 0.83, 0.77)) as (_, axes, png):
-        _faint_and_smooth(axes, steps, values)
+        if exact:
+            axes.plot(steps, values, color=_TRAIN, linewidth=1.5, marker=_alone(steps))
+        else:
+            _faint_and_smooth(axes, steps, values)
         low, high = min(values), max(values)
         if large_range and low > 0 and high > 20 * low:
             axes.set_yscale("log")
@@ -217,20 +224,31 @@ def _curve(points: list[tuple[int, float]], unit: str, *, large_range: bool) -> 
 def _by_layer(records: Records, name: str) -> bytes:
     from matplotlib import colormaps
 
+    # Only the layers that have slots.
     layers = sorted(records[-1][name], key=int)
     steps = [r["step"] for r in records]
-    named = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_NAMED))}
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    with _drawing(_SMALL, place=(0.14, 0.15, 0.68, 0.77)) as (_, axes, png):
+    with _drawing(_SMALL, place=(0.14, 0.15, 0.72, 0.77)) as (figure, axes, png):
         for layer, colour in zip(layers, colours, strict=True):
             values = [r[name].get(layer, np.nan) for r in records]
-            label = f"layer {layer}" if layer in named else None
-            axes.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=2.5, label=label)
+            axes.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=2.5)
         high = max(max(r[name].values()) for r in records)
         axes.set_ylim(-0.02 * (high or 1), 1.05 * (high or 1))
         axes.set_xlabel("step")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        _layer_bar(figure.add_axes((0.89, 0.15, 0.03, 0.77)), layers, colours)
     return png.getvalue()
+
+
+def _layer_bar(axes: "Axes", layers: list[str], colours: np.ndarray) -> None:
+    """The colour of each layer, the first on top; of very many layers, every second (third, …) has its number."""
+    axes.imshow(colours[:, None], aspect="auto")
+    numbered = range(0, len(layers), -(-len(layers) // _LAYERS_NUMBERED))
+    axes.set_yticks(numbered, [layers[i] for i in numbered], fontsize=7)
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("layer", fontsize=8)
 
 
 @contextmanager
@@ -267,9 +285,13 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _faint_and_smooth(axes: "Axes", steps: list[int], values: list[float], label: str | None = None) -> None:
-    alone = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=_TRAIN, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(values), color=_TRAIN, linewidth=1.5, marker=alone, label=label)
+    axes.plot(steps, _smooth(values), color=_TRAIN, linewidth=1.5, marker=_alone(steps), label=label)
+
+
+def _alone(steps: list[int]) -> str | None:
+    """The marker of a curve: a single point would be invisible without one."""
+    return "o" if len(steps) == 1 else None
 
 
 def _smooth(values: list[float]) -> np.ndarray:

@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A part of a recipe. Its values cannot change after it has been checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class WeightedSource(Section):
@@ -59,7 +59,7 @@ class TextData(Section):
         None, description="train on a fixed random sample of documents with so many bytes; null: on all"
     )
     max_bytes: Positive | None = Field(
-        None, description="read no more than so many bytes of data.source (for one without end); null: all"
+        None, description="stop after the document that reaches so many bytes (for a source without end); null: all"
     )
     text_field: str = Field("text", description="field of a record that holds the text")
     source_field: str | None = Field(
@@ -186,6 +186,12 @@ class BatchSection(Section):
             )
         groups = processes // context
         micro = self.micro_rows or max(1, self.rows // groups)
+        if micro * self.length % context:
+            longer = _nearest(self.length, range(context, self.length + 2 * context, context))
+            raise UsageError(
+                f"{micro * self.length} tokens at once (batch.micro_rows={micro}, batch.length={self.length}) cannot "
+                f"be cut into equal stretches for the processes of engine.context={context}. Set batch.length={longer}"
+            )
         if self.rows % (groups * micro) == 0:
             return micro, self.rows // (groups * micro)
         at_once = self.micro_rows or 1

@@ -61,8 +61,9 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
             raise UsageError(
-                f"The recipe file {path} does not exist. Expected a YAML file, or one of {', '.join(recipe_names())}."
+                f"The recipe file {path} {problem}. Expected a YAML file, or one of {', '.join(recipe_names())}."
             )
         return path
     names = recipe_names()
@@ -210,6 +211,7 @@ _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
 }
 
 

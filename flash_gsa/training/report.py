@@ -13,11 +13,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from flash_gsa.errors import UsageError
 from flash_gsa.training.metrics import METRICS_FILE
 from flash_gsa.training.plots import Records, duration, of_kind, report_pictures, run_records
+from flash_gsa.training.recipe_file import load_recipe
 from flash_gsa.training.run_folder import RECIPE_FILE
 from flash_gsa.training.starts import read_starts
 
@@ -40,16 +39,16 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / RECIPE_FILE).is_file():
         raise UsageError(f"{run_dir} is not the folder of a run: expected a folder with {RECIPE_FILE} in it")
     records = run_records(run_dir / METRICS_FILE)
+    recipe = load_recipe(run_dir / RECIPE_FILE).model_dump(mode="json")
     recipe_text = (run_dir / RECIPE_FILE).read_text(encoding="utf-8")
-    recipe = yaml.safe_load(recipe_text)
     starts = read_starts(run_dir)
     last = of_kind(records, "train")[-1]
     resumes = [s["step"] for s in starts[1:] if s["step"] <= last["step"]]
     sections = [
         _section("Figures", _definitions(_figures(records))),
         _section("Over the steps", _pictures(records, resumes)),
-        _section("Held-out text by source, at the end", _by_source(records)),
-        _section("Slots by layer, at the end", _slots(records)),
+        _by_source(records),
+        _slots(records),
         _section("Events", _events(records, starts)),
         _section("What it ran on", _machine(starts)),
         f"<section><details><summary>Recipe</summary><pre>{escape(recipe_text)}</pre></details></section>",
@@ -123,7 +122,7 @@ def _figures(records: Records) -> list[tuple[str, str, str]]:
         most = max(r["memory_bytes"] for r in train if "memory_bytes" in r)
         found.append(("memory", f"{most / 2**30:.2f} GiB", "peak of the first process"))
     if "devices" in last:
-        found.append(("processes", f"{last['devices']}", "at the end"))
+        found.append(("processes", f"{last['devices']}", f"at step {last['step']:,}"))
     spikes = of_kind(records, "spike")
     found.append(("loss spikes", str(len(spikes)), "listed under events" if spikes else ""))
     return found
@@ -149,9 +148,10 @@ def _by_source(records: Records) -> str:
     scored = [r for r in records if r["kind"] == "eval" and r.get("by_source")]
     if not scored or len(scored[-1]["by_source"]) < 2:
         return ""
-    first, last = scored[0]["by_source"], scored[-1]["by_source"]
-    rows = [[name, _number(first.get(name)), _number(bits)] for name, bits in sorted(last.items())]
-    return _table(["source", f"bits per byte at step {scored[0]['step']}", f"at step {scored[-1]['step']:,}"], rows)
+    shown = [scored[0], scored[-1]] if len(scored) > 1 else scored
+    rows = [[name, *(_number(r["by_source"].get(name)) for r in shown)] for name in sorted(scored[-1]["by_source"])]
+    first, *last = (f"at step {r['step']:,}" for r in shown)
+    return _section("Held-out text by source", _table(["source", f"bits per byte {first}", *last], rows))
 
 
 def _slots(records: Records) -> str:
@@ -163,7 +163,8 @@ def _slots(records: Records) -> str:
         [layer, _number(last["forgetting"][layer]), _number(entropy), f"{last['dead_slots'][layer]:.1%}"]
         for layer, entropy in sorted(last["slot_entropy"].items(), key=lambda item: int(item[0]))
     ]
-    return _table(["layer", "forgetting", "slot entropy", "dead slots"], rows)
+    table = _table(["layer", "forgetting", "slot entropy", "dead slots"], rows)
+    return _section(f"Slots by layer, at step {last['step']:,}", table)
 
 
 def _events(records: Records, starts: Sequence[dict[str, Any]]) -> str:

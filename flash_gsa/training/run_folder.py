@@ -82,7 +82,8 @@ def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
         lines = "".join(f"\n  - {key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
         raise UsageError(
             f"{run_dir} holds a run of another recipe:{lines}\n"
-            "Give the values it had to go on with it, set output_dir (or name) for a new run, or overwrite it."
+            "Give the values it had to go on with it, set output_dir (or name) for a new run, or overwrite it "
+            "(--fresh)."
         )
 
 

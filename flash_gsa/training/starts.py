@@ -37,5 +37,15 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _command() -> str:
+    """What was typed: the program and its arguments, behind torchrun where several processes run them."""
     program = Path(sys.argv[0]).name
-    return shlex.join([*(["python", "-m", "flash_gsa"] if program == "__main__.py" else [program]), *sys.argv[1:]])
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        launcher = ["torchrun", *(["--nnodes", str(machines)] if machines > 1 else [])]
+        launcher += ["--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(world))]
+        # torchrun takes a Python module or file, not the program that an installation puts on the path.
+        started = [*launcher, *(["-m", "flash_gsa"] if program in ("__main__.py", "flash-gsa") else [program])]
+    else:
+        started = ["python", "-m", "flash_gsa"] if program == "__main__.py" else [program]
+    return shlex.join([*started, *sys.argv[1:]])

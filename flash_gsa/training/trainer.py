@@ -10,7 +10,7 @@ optimiser moments, position in the data, random states, number of steps, time sp
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,12 +110,15 @@ def train(
         check_fits(recipe, engine.ranks, memory)
     length = RunLength(recipe.schedule, recipe.batch)
     tell = on_event if engine.is_main else lambda event: None
-    with open_run_folder(recipe, existing) if engine.is_main else nullcontext(run_dir_of(recipe)) as run_dir:
-        # The main process verifies a checkpoint, and the others open what it found.
-        saved = latest_checkpoint(run_dir) if engine.is_main else None
-        folder = engine.broadcast(saved.folder if saved else None)
-        if folder is not None and saved is None:
-            saved = open_checkpoint(folder)
+    with ExitStack() as stack:
+
+        def open_folder() -> Path | None:
+            found = latest_checkpoint(stack.enter_context(open_run_folder(recipe, existing)))
+            return None if found is None else found.folder
+
+        # The main process verifies a checkpoint, and all open what it found.
+        run_dir, folder = run_dir_of(recipe), engine.told_by_main(open_folder)
+        saved = None if folder is None else open_checkpoint(folder)
         tell(events.Preparing("preparing the data"))
         inputs = prepare_inputs(
             recipe,
@@ -188,17 +191,7 @@ class _Run:
         """Trains until the run is over or a signal comes."""
         recipe, engine = self.recipe, self.engine
         self.metrics: MetricsWriter | None = None
-        if engine.is_main:
-            self._check_space()
-            resume_step = None if self.checkpoint is None else self.step
-            with self._writing_metrics():
-                path = self.run_dir / METRICS_FILE
-                shown = read_metrics(path) if resume_step is not None and path.exists() else []
-                trackers = start_trackers(recipe, self.run_dir, resume_step=resume_step, shown=shown)
-                self.metrics = MetricsWriter(self.run_dir, resume_step=resume_step, trackers=trackers)
-            if not self.length.is_over(self.step):
-                device, name = str(engine.device), engine.describe()
-                record_start(self.run_dir, resume_step=resume_step, device=device, engine=name)
+        engine.told_by_main(self._open_records)
         self.on_event(events.Started(self.run_dir, self.step, self.size, recipe.batch.tokens, engine.describe()))
         try:
             if self.step == 0:
@@ -299,6 +292,18 @@ class _Run:
             record["mfu"] = speed * self.flops / (peak * engine.ranks)
         record |= {"data_seconds": self.feed.seconds, "devices": engine.ranks, "memory_bytes": engine.peak_memory()}
         return record, outcome
+
+    def _open_records(self) -> None:
+        self._check_space()
+        resume_step = None if self.checkpoint is None else self.step
+        with self._writing_metrics():
+            path = self.run_dir / METRICS_FILE
+            shown = read_metrics(path) if resume_step is not None and path.exists() else []
+            trackers = start_trackers(self.recipe, self.run_dir, resume_step=resume_step, shown=shown)
+            self.metrics = MetricsWriter(self.run_dir, resume_step=resume_step, trackers=trackers)
+        if not self.length.is_over(self.step):
+            device, name = str(self.engine.device), self.engine.describe()
+            record_start(self.run_dir, resume_step=resume_step, device=device, engine=name)
 
     def _evaluate(self) -> None:
         try:

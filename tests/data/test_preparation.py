@@ -371,6 +371,16 @@ def not_arrow(folder):
     shard.write_bytes(b"x" * shard.stat().st_size)
 
 
+def flip_at(offset):
+    def damage(folder):
+        shard = folder / "shard-00000.arrow"
+        contents = bytearray(shard.read_bytes())
+        contents[offset] ^= 0xFF
+        shard.write_bytes(contents)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -382,7 +392,8 @@ def not_arrow(folder):
         (edit(source="f" * 64), f"its source is {'f' * 64}, expected [0-9a-f]{{64}}"),
         (swap, r"shard-00001\.arrow is shard 2 of the token store \w+, and the manifest beside it expects shard 1"),
         (miscount, r"shard-00000\.arrow holds \d+ documents of [\d,]+ tokens, the manifest expects"),
-        (not_arrow, r"shard-00000\.arrow is not a shard of tokens"),
+        (not_arrow, r"shard-00000\.arrow is damaged, or is not a shard of tokens"),
+        (flip_at(20), r"shard-00000\.arrow is damaged.*Delete this shard; it is built again alone"),
     ],
 )
 def test_manifest_and_shards_that_do_not_fit_are_refused(damage, message, small_shards, build):

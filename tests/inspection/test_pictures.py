@@ -76,6 +76,13 @@ def test_page_is_self_contained_and_text_cannot_break_out(tmp_path):
     assert data["first"] == 2
 
 
+def test_page_says_what_the_slots_are_ordered_by(tmp_path):
+    save_page([activity()], TOKENS, tmp_path / "slots.html", title="")
+    page = (tmp_path / "slots.html").read_text("utf-8")
+    assert "Half-life: this token's" in page
+    assert "ordered by median half-life over the text" in page
+
+
 def test_page_tables_hold_the_numbers(tmp_path):
     shown = activity()
     save_page([shown], TOKENS, tmp_path / "slots.html", title="")

@@ -75,6 +75,8 @@ def make_runs(folder):
         asked.append({"overrides": overrides, "after": [str(folder / other), 4]})
     asked.append({"overrides": settings("odd", *KINDS["fsdp2"], "batch.rows=3")})
     asked.append({"overrides": settings("single")})
+    # What the first process finds alone: a folder that holds a run of another recipe.
+    asked.append({"overrides": settings("ddp", *KINDS["ddp"], "optimizer.lr=0.5")})
     for kind in ("zero2", "fsdp2"):
         huge = ("optimizer.lr=1e38", "schedule.warmup_steps=0")
         asked.append({"overrides": settings(f"nan by {kind}", *KINDS[kind], *huge)})
@@ -148,6 +150,13 @@ def test_what_does_not_fit_the_processes_is_refused_by_each(runs):
     assert len(refusals(runs("odd"))) == len(refusals(runs("single"))) == 2
 
 
+def test_what_one_process_finds_is_raised_by_each(runs):
+    messages = refusals(runs("ddp"))
+    assert len(messages) == 2
+    for message in messages:
+        assert re.search(r"holds a run of another recipe", message)
+
+
 @pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
 def test_what_is_not_finite_stops_every_process(runs, kind):
     messages = refusals(runs(f"nan by {kind}"))
@@ -174,7 +183,8 @@ def test_without_deepspeed(make_recipe, monkeypatch):
 def test_more_processes_than_gpus(make_recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "4")):
+    names = ("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "4")
+    for name, value in (*names, ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "9")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"4 processes were started on this machine, which has 2 GPU"):
         open_engine(make_recipe("engine.kind=ddp", "device=cuda"))
@@ -195,9 +205,30 @@ def test_processes_that_do_not_find_each_other(make_recipe, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert re.search(r"Process 1 of 2 did not find the others at 127\.0\.0\.1:9 within \d+ s", done.stderr), done.stderr
+    assert re.search(
+        r"Process 1 of 2 did not find the others at 127\.0\.0\.1:9 within engine\.timeout=2 s", done.stderr
+    ), done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not in the environment, where a launcher puts it: torchrun"),
+        ({"RANK": "5"}, "RANK=5 with WORLD_SIZE=2: expected whole numbers, RANK from 0 below WORLD_SIZE"),
+        ({"RANK": "x"}, "RANK=x with WORLD_SIZE=2"),
+    ],
+)
+def test_what_no_launcher_would_say(make_recipe, monkeypatch, environment, message):
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in (usual | environment).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        open_engine(make_recipe("engine.kind=ddp"))
 
 
 def test_one_process_is_the_default(make_recipe):

@@ -119,6 +119,11 @@ def test_all_documents_take_no_index(make_recipe, tmp_path):
     assert part.documents is None
 
 
+def test_holding_everything_out_is_refused_with_the_key(make_recipe):
+    with pytest.raises(UsageError, match=r"^data\.held_out=0\.9999999 leaves no document to train on"):
+        text_parts(make_recipe("data.held_out=0.9999999"), load_tokenizer("byte"))
+
+
 def test_verify_compares_checksums(make_recipe, tmp_path):
     prepare_inputs(make_recipe())
     (shard,) = tmp_path.glob("cache/*/*.arrow")

@@ -4,10 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from flash_gsa.errors import UsageError
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
-from flash_gsa.training.plots import _smooth, plot_loss
+from flash_gsa.training.plots import _smooth, plot_loss, report_pictures
 
 
 def train_record(step, loss=2.0):
@@ -83,6 +84,52 @@ def test_picture(tmp_path, score):
     write(tmp_path, *records)
     assert plot_loss(tmp_path) == tmp_path / "loss.png"
     assert plot_loss(tmp_path / "metrics.jsonl", tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """`drawn(records)`: the figures of a report by title, before they become PNGs."""
+
+    def draw(records):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        pictures = report_pictures(records)
+        return {picture.title: figure for picture, figure in zip(pictures, figures, strict=True)}
+
+    return draw
+
+
+def test_exact_quantities_are_drawn_as_they_are(drawn):
+    rates, norms = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3], [1.0, 3.0, 1.0, 3.0, 1.0]
+    memory = [2**30, 2**31, 2**31, 2**31, 2**31]
+    names = ("lr", "grad_norm", "memory_bytes")
+    values = zip(rates, norms, memory, strict=True)
+    figures = drawn([train_record(n) | dict(zip(names, v, strict=True)) for n, v in enumerate(values, 1)])
+    curves = {title: [list(c.get_ydata()) for c in figure.axes[0].lines] for title, figure in figures.items()}
+    assert curves["Learning rate"] == [rates]
+    assert curves["Memory"] == [[1.0, 2.0, 2.0, 2.0, 2.0]]
+    assert curves["Gradient norm"] == [norms, _smooth(norms).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("score", "says"),
+    [
+        ({"loss": 1.9, "bits_per_byte": 2.1}, "held-out loss (2.100 bits per byte at step 0)"),
+        ({"accuracy": 0.5}, "held-out accuracy (0.500 at step 0)"),
+    ],
+)
+def test_the_legend_says_of_which_step_the_score_is(drawn, score, says):
+    figure = drawn([{"kind": "eval", "step": 0, "tokens": 0, "seconds": 0, **score}, train_record(1)])["Loss"]
+    assert says in [entry.get_text() for entry in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize(("layers", "numbered"), [(1, range(1)), (12, range(12)), (48, range(0, 48, 2))])
+def test_every_layer_has_its_colour_in_the_bar(drawn, layers, numbered):
+    evaluation = {"kind": "eval", "step": 0, "accuracy": 0.5, "forgetting": {str(n): 0.1 for n in range(layers)}}
+    axes, bar = drawn([evaluation, train_record(1)])["Forgetting"].axes
+    assert [label.get_text() for label in bar.get_yticklabels()] == [str(n) for n in numbered]
+    shown = bar.images[0].get_array()[:, 0]
+    assert [tuple(c) for c in shown] == [tuple(line.get_color()) for line in axes.lines]
 
 
 def test_the_moving_average_neither_lags_nor_shrinks():

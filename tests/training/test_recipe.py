@@ -115,6 +115,12 @@ REFUSED = [
     (["data={}"], r"data\.kind must be text or mqar, got None"),
     (["batch={rows: 2}"], r"batch\.length is missing; give it a value"),
     (["engine.reshard_after=step"], r"engine\.reshard_after=step is for engine\.kind=fsdp2 and hsdp.*; single has no"),
+    (["optimizer.lr=.inf"], r"optimizer\.lr: expected a finite number, got inf"),
+    (["schedule={minutes: .inf, warmup_steps: 1}"], r"schedule\.minutes: expected a finite number, got inf"),
+    (
+        ["engine={kind: ddp, context: 2}", "model={token_mixer: attention, hidden_size: 16, num_heads: 1}"],
+        r"engine\.context=2 cuts rows over processes, and layer 0 is softmax attention, which has no state",
+    ),
     (["engine.replicas=2"], r"engine\.replicas goes with engine\.kind=hsdp"),
     (["seed"], r"'seed' is not an override: expected key\.path=value"),
     (["seed=[1"], r"The value in 'seed=\[1' is not YAML"),
@@ -160,6 +166,8 @@ def test_names_that_are_no_recipes(tmp_path):
         load_recipe("dmeo")
     with pytest.raises(UsageError, match=r"nothing\.yaml does not exist"):
         load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(UsageError, match=r"is a folder\. Expected a YAML file, or one of "):
+        load_recipe(tmp_path)
 
 
 def test_differences_name_the_keys(tmp_path):

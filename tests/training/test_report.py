@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 
 import pytest
 
@@ -92,13 +93,15 @@ def test_page_of_a_run(folder):
         "waiting for data 25.0%",
         "memory 1.00 GiB",
         "loss spikes 1",
-        "&lt;odd&gt; 2.200 2.200",
-        "layer forgetting slot entropy dead slots 0 0.250 0.250 25.0% 1 0.500 0.500 50.0%",
+        "source bits per byte at step 0 at step 11 &lt;odd&gt; 2.200 2.200",
+        "processes 2 at step 11",
+        "Slots by layer, at step 11 layer forgetting slot entropy dead slots 0 0.250 0.250 25.0% 1 0.500 0.500 50.0%",
         "8 loss spike loss 9.000, 1.000 expected, batch 7",
         "on two of them",
         "hidden_size: 16",
     ):
         assert part in seen
+    assert "at the end" not in seen
     assert re.search(r"4 resumed 2\d\d\d-", seen)
     assert pictures(page) == [
         *("Loss", "Learning rate", "Gradient norm", "Throughput", "Model FLOP/s", "Waiting for data", "Memory"),
@@ -123,6 +126,11 @@ def test_one_step_and_nothing_else(folder):
     page = write_report(folder({k: train_record(1)[k] for k in ("kind", "step", "tokens", "seconds", "loss")}))
     assert "training loss 5.0000 last step" in text(page)
     assert pictures(page) == ["Loss"]
+
+
+def test_one_evaluation_is_shown_once(folder):
+    seen = text(write_report(folder(evaluation(0, **TEXT), train_record(1))))
+    assert "Held-out text by source source bits per byte at step 0 &lt;odd&gt; 2.200 even 2.000" in seen
 
 
 def test_recall_and_a_mixer_without_slots(folder):
@@ -150,6 +158,17 @@ def test_a_file_that_is_being_written_or_was_cut(folder):
     assert "Step 2," in text(write_report(run))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("a: [", r"recipe\.yaml is not YAML"), ("a: 1", r"recipe\.yaml cannot be used:\s+- unknown key a")],
+)
+def test_a_recipe_that_is_damaged(recipe, message, folder):
+    run = folder(train_record(1))
+    (run / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UsageError, match=message):
+        write_report(run)
+
+
 def test_folders_without_a_run(tmp_path, folder):
     with pytest.raises(UsageError, match=r"not the folder of a run: expected a folder with recipe\.yaml"):
         write_report(tmp_path)
@@ -168,6 +187,35 @@ def test_starting_anew_forgets_earlier_starts(tmp_path):
     assert {"command", "date", "commit", "device", "versions"} < set(read_starts(tmp_path)[0])
     record_start(tmp_path, resume_step=None, device="cpu", engine="third")
     assert [s["engine"] for s in read_starts(tmp_path)] == ["third"]
+
+
+@pytest.mark.parametrize("program", ["/env/bin/flash-gsa", "/code/flash_gsa/__main__.py"])
+@pytest.mark.parametrize(
+    ("launch", "begins"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}, "torchrun --nproc-per-node 2 "),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 --nproc-per-node 4 ",
+        ),
+    ],
+)
+def test_the_command_of_several_processes_can_be_typed_again(tmp_path, monkeypatch, program, launch, begins):
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [program, "train", "demo", "device=cpu"])
+    record_start(tmp_path, resume_step=None, device="cpu", engine="ddp")
+    assert read_starts(tmp_path)[0]["command"] == begins + "-m flash_gsa train demo device=cpu"
+
+
+@pytest.mark.parametrize("world", [None, "1"])
+def test_the_command_of_one_process(tmp_path, monkeypatch, world):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(sys, "argv", ["/code/flash_gsa/__main__.py", "train", "a recipe.yaml"])
+    record_start(tmp_path, resume_step=None, device="cpu", engine="cpu")
+    assert read_starts(tmp_path)[0]["command"] == "python -m flash_gsa train 'a recipe.yaml'"
 
 
 def test_durations():
