@@ -39,8 +39,8 @@ class AddRMSNorm(RMSNorm):
     """h = x + b and RMSNorm(h): the residual stream with a branch added, and what the next branch reads of it.
 
     x, b [..., D] → both [..., D], the norm under autocast in autocast's dtype: on a GPU one pass over memory. Without a
-    branch h is x. Whoever goes on from the h
-    that is returned, instead of from x, has both gradients of x added up in one pass.
+    branch h is x. Whoever goes on from the h that is returned, instead of from x, has both gradients of x added up in
+    one pass.
     """
 
     def __init__(self, dim: int, eps: float):

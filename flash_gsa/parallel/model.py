@@ -104,6 +104,16 @@ class ContextParallel:
         return given
 
 
+def check_recurrent(index: int, mixer: nn.Module) -> None:
+    """Raises UsageError if `mixer`, that of layer `index`, is softmax attention, which hands no state over."""
+    if isinstance(mixer, SoftmaxAttention):
+        raise UsageError(
+            f"layer {index} is softmax attention, which has no state that could be handed from process to process; "
+            "context parallelism is for models whose layers are all recurrent. Leave it out (engine.context of a "
+            "recipe), or make all layers recurrent"
+        )
+
+
 def apply_context_parallel(model: nn.Module, group: Group = None) -> ContextParallel:
     """Make a model compute stretches of sequences, of which the other processes of `group` have the others.
 
@@ -134,11 +144,7 @@ def apply_context_parallel(model: nn.Module, group: Group = None) -> ContextPara
         raise UsageError(f"context parallelism needs a GSAForCausalLM or GSAModel, got {type(model).__name__}")
     for index, block in ((i, block) for model in models for i, block in enumerate(model.layers)):
         mixer: Any = block.attn
-        if isinstance(mixer, SoftmaxAttention):
-            raise UsageError(
-                f"layer {index} is softmax attention, which has no state that could be handed from process to process; "
-                "context parallelism is for models whose layers are all recurrent"
-            )
+        check_recurrent(index, mixer)
         if not hasattr(mixer, "sequences"):
             raise UsageError(
                 f"layer {index} is of type {type(mixer).__name__}, which does not say how it reaches across tokens; "

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAConfig, GSAForCausalLM
 from flash_gsa.training.recipe import Recipe
 
@@ -27,12 +26,10 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: "PreTrainedTokenize
 
 def check_model(recipe: Recipe) -> None:
     """Raises UsageError if no model can be built from the recipe; builds one without memory to find out."""
-    config = model_config(recipe, vocab_size=1)
     with torch.device("meta"):
-        GSAForCausalLM(config)
-    attention = [i for i in range(config.num_hidden_layers) if config.mixer_of(i) == "attention"]
-    if recipe.engine.context > 1 and attention:
-        raise UsageError(
-            f"engine.context={recipe.engine.context} cuts rows over processes, and layer {attention[0]} is softmax "
-            "attention, which has no state to hand over. Leave engine.context out, or make all layers recurrent"
-        )
+        model = GSAForCausalLM(model_config(recipe, vocab_size=1))
+    if recipe.engine.context > 1:
+        from flash_gsa.parallel.model import check_recurrent  # torch.distributed, which few recipes need
+
+        for index, block in enumerate(model.model.layers):
+            check_recurrent(index, block.attn)

@@ -119,7 +119,7 @@ REFUSED = [
     (["schedule={minutes: .inf, warmup_steps: 1}"], r"schedule\.minutes: expected a finite number, got inf"),
     (
         ["engine={kind: ddp, context: 2}", "model={token_mixer: attention, hidden_size: 16, num_heads: 1}"],
-        r"engine\.context=2 cuts rows over processes, and layer 0 is softmax attention, which has no state",
+        r"layer 0 is softmax attention, which has no state.* Leave it out \(engine\.context of a recipe\)",
     ),
     (["engine.replicas=2"], r"engine\.replicas goes with engine\.kind=hsdp"),
     (["seed"], r"'seed' is not an override: expected key\.path=value"),
