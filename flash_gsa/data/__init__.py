@@ -6,7 +6,7 @@ from flash_gsa.data.mqar import MQARBatches, multi_query_associative_recall
 from flash_gsa.data.packing import PackedBatches, Part
 from flash_gsa.data.preparation import prepare_tokens
 from flash_gsa.data.sources import Document, iter_documents
-from flash_gsa.data.splits import split_documents
+from flash_gsa.data.splits import sample_documents, split_documents
 from flash_gsa.data.store import TokenStore
 from flash_gsa.data.tokenizers import load_tokenizer
 from flash_gsa.data.whole import DocumentBatch, iter_whole_documents
@@ -26,5 +26,6 @@ __all__ = [
     "load_tokenizer",
     "multi_query_associative_recall",
     "prepare_tokens",
+    "sample_documents",
     "split_documents",
 ]

@@ -27,9 +27,7 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
         UsageError: a part's name or size is no good, or nothing is left to train on.
     """
     total = store.num_bytes
-    rank = mix(store.digests() ^ mix(np.array([seed], np.int64).astype(np.uint64)))
-    order = np.argsort(rank, kind="stable")
-    rank = rank[order]
+    order, rank = _ranked(store, seed)
     covered = np.cumsum(store.sizes()[order])
     parts: dict[str, np.ndarray] = {}
     start = 0
@@ -43,9 +41,7 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
                 f"held_out part {name!r} is {size!r}, expected a share between 0 and 1 or a whole number of bytes"
             )
         wanted = (covered[start - 1] if start else 0) + (size if isinstance(size, int) else size * total)
-        end = int(np.searchsorted(covered, wanted)) + 1
-        # Equal texts have equal ranks: the part ends behind the last of them.
-        end = int(np.searchsorted(rank, rank[min(end, len(rank)) - 1], side="right"))
+        end = _end(covered, rank, wanted)
         if end >= len(rank):
             raise UsageError(
                 f"{', '.join(f'{name}={size}' for name, size in held_out.items())} leaves no document to train on: "
@@ -54,3 +50,30 @@ def split_documents(store: TokenStore, held_out: Mapping[str, float | int], *, s
         parts[name] = np.sort(order[start:end])
         start = end
     return {"train": np.sort(order[start:]), **parts}
+
+
+def sample_documents(store: TokenStore, documents: np.ndarray | None, size: int, *, seed: int = 0) -> np.ndarray:
+    """Of `documents` (indices; None: all) the first by the same ranks that hold `size` UTF-8 bytes, in ascending order.
+
+    All, if they hold fewer. A larger `size` keeps what a smaller one chose.
+    """
+    order, rank = _ranked(store, seed)
+    if documents is not None:
+        among = np.isin(order, documents)
+        order, rank = order[among], rank[among]
+    if not len(order):
+        return order
+    return np.sort(order[: _end(np.cumsum(store.sizes()[order]), rank, size)])
+
+
+def _ranked(store: TokenStore, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All documents' indices in the order of their ranks, and those."""
+    rank = mix(store.digests() ^ mix(np.array([seed], np.int64).astype(np.uint64)))
+    order = np.argsort(rank, kind="stable")
+    return order, rank[order]
+
+
+def _end(covered: np.ndarray, rank: np.ndarray, wanted: float) -> int:
+    """How many documents it takes to cover `wanted` bytes. Equal texts have equal ranks: behind the last of them."""
+    end = int(np.searchsorted(covered, wanted)) + 1
+    return int(np.searchsorted(rank, rank[min(end, len(rank)) - 1], side="right"))

@@ -3,16 +3,17 @@
 With P parameters, of which each process keeps 1/S:
 
     kind         weights               moments   gradients   gathered meanwhile
-    single, ddp  4 P                   8 P       4 P         –
+    single       4 P                   8 P       4 P         –
+    ddp          4 P                   8 P       4 P         4 P: buckets, in which gradients are added up
     zero2        2 P + 4 P / S         8 P / S   2 P / S     a bucket of gradients
     fsdp2, hsdp  4 P / S               8 P / S   4 P / S     embedding, output, two blocks; gradients of one unit
       by step    4 P / S               8 P / S   4 P         all weights; gradients of one unit
     zero3        2 P / S + 4 P / S     8 P / S   6 P / S     as fsdp2, and a bucket of gradients
 
 bytes, in precision bf16. S is the number of processes, in hsdp of those in one group. In fp32 every 2 is a 4; in
-pure_bf16 there are bf16 weights, gradients and moments and nothing else. "By step" is `reshard_after: step`, its
-gradients are whole where several micro-batches add to them. Activations, logits and what operations take
-meanwhile: `step_memory.py`.
+pure_bf16 there are bf16 weights, gradients and moments and nothing else. "By step" is `reshard_after: step`; its
+gradients are whole, and DDP's are there beside the buckets, where several micro-batches add to them. Activations,
+logits and what operations take meanwhile: `step_memory.py`.
 """
 
 from dataclasses import dataclass
@@ -184,6 +185,9 @@ def estimate_memory(recipe: Recipe, processes: int = 1, size: Size | None = None
             whole = size.parameters
             gradient = 4 * size.parameters if micro_batches > 1 else gradient
         gathered += compute * whole + (compute + 4) * unit
+    if engine.kind == "ddp":
+        gathered = kept * size.parameters
+        gradient = gradient if micro_batches > 1 else 0  # of one micro-batch they go into the buckets one by one
     if zero:
         gathered += compute * min(size.parameters, BUCKET)
 

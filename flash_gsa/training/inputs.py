@@ -19,6 +19,7 @@ from flash_gsa.data import (
     iter_documents,
     load_tokenizer,
     prepare_tokens,
+    sample_documents,
     split_documents,
 )
 from flash_gsa.training.held_out import HeldOut, HeldOutMQAR, HeldOutText
@@ -146,7 +147,7 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
         documents = division.get("train")  # None: all
         available = store.num_bytes if documents is None else int(store.sizes(documents).sum())
         if used is not None and used < available:
-            documents = split_documents(store, {**sizes, "data.train_bytes": used})["data.train_bytes"]
+            documents = sample_documents(store, documents, used)
         train.append(Part(store, documents, entry.weight))
         stores.append(store)
         held_out.append(first + division.get("data.held_out", np.array([], np.int64)))

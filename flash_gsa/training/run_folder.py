@@ -11,7 +11,7 @@ from flash_gsa.errors import UsageError
 from flash_gsa.training.checkpoint import CHECKPOINTS, remove_leftovers
 from flash_gsa.training.metrics import METRICS_FILE
 from flash_gsa.training.recipe import Recipe
-from flash_gsa.training.recipe_file import parse_recipe, recipe_differences, recipe_to_yaml
+from flash_gsa.training.recipe_file import load_recipe, recipe_differences, recipe_to_yaml
 from flash_gsa.training.starts import STARTS_FILE
 from flash_gsa.training.trackers import TRACKERS_FILE
 
@@ -76,7 +76,7 @@ def open_run_folder(recipe: Recipe, existing: Existing) -> Iterator[Path]:
 
 def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
     path = run_dir / RECIPE_FILE
-    old = parse_recipe(path.read_text(encoding="utf-8"), str(path))
+    old = load_recipe(path)
     changed = {k: v for k, v in recipe_differences(old, recipe).items() if not k.startswith(_MAY_DIFFER)}
     if changed:
         lines = "".join(f"\n  - {key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())

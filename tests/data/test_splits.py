@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from flash_gsa.data import load_tokenizer, prepare_tokens, split_documents
+from flash_gsa.data import load_tokenizer, prepare_tokens, sample_documents, split_documents
 from flash_gsa.errors import UsageError
 
 
@@ -76,3 +76,17 @@ def test_equal_texts_are_on_one_side(tmp_path, byte_tokenizer):
 def test_refused(store, held_out, message):
     with pytest.raises(UsageError, match=message):
         split_documents(store, held_out)
+
+
+def test_a_sample_is_what_a_part_of_that_size_would_be(store):
+    parts = split_documents(store, {"valid": 0.1, "sample": 900})
+    train = split_documents(store, {"valid": 0.1})["train"]
+    assert sample_documents(store, train, 900).tolist() == parts["sample"].tolist()
+    assert set(sample_documents(store, train, 500)) < set(parts["sample"])
+
+
+@pytest.mark.parametrize("less", [-1, 0, 1, 2])
+def test_a_sample_may_take_every_document(store, less):
+    everything = sample_documents(store, None, store.num_bytes - less)
+    assert everything.tolist() == list(range(store.num_documents))
+    assert sample_documents(store, everything[:0], 10).tolist() == []

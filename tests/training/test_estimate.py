@@ -92,6 +92,18 @@ def test_resharding_once_a_step_keeps_all_weights_and_the_sums_of_micro_batches(
     assert (several.weights, several.moments) == (memory(8).weights, memory(8).moments)
 
 
+def test_the_buckets_of_ddp_are_beside_the_gradients_of_several_micro_batches(size):
+    def memory(micro_rows):
+        recipe = small(kind="ddp")
+        batch = recipe.batch.model_copy(update={"micro_rows": micro_rows})
+        return estimate_memory(recipe.model_copy(update={"batch": batch}), 2, size)
+
+    several, one = memory(8), memory(32)
+    assert several.gathered == one.gathered == 4 * size.parameters
+    assert several.gradients == pytest.approx(4 * size.parameters, rel=1e-6)
+    assert one.gradients == 0
+
+
 def test_pure_bf16_is_half(size):
     pure = small().model_copy(update={"precision": "pure_bf16"})
     memory, mixed = estimate_memory(pure, 1, size), estimate_memory(small(), 1, size)
