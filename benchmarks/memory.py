@@ -6,10 +6,15 @@
 Each configuration is a shipped recipe with overrides. Two steps are taken on made-up tokens, with the engine, model,
 loss and optimiser of a run, each step with two micro-batches where the recipe has more than one. Measured is the most
 that PyTorch had allocated, and what of the GPU is taken beside that. What runs out of memory is noted.
+
+    python -m benchmarks.memory --again benchmarks/results/memory.json
+
+puts today's estimates beside what was measured then, which takes no GPU.
 """
 
 import argparse
 import gc
+import json
 import os
 import time
 from pathlib import Path
@@ -17,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flash_gsa.benchmarking.about import about, write
+from flash_gsa.benchmarking.about import about, commit, write
 from flash_gsa.data import NOT_SCORED, Batch
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.training.engines import open_engine
@@ -78,6 +83,15 @@ def measure(configuration: tuple[str, ...], processes: int) -> dict[str, Any]:
     return record | {"seconds": round(time.monotonic() - started, 1)}
 
 
+def estimate_again(result: dict[str, Any]) -> None:
+    """Gives every row of an earlier result the estimate of the code as it is now, and says of which commit that is."""
+    for row in result["rows"]:
+        recipe = load_recipe(row["recipe"], row["overrides"], data_named=False)
+        memory = estimate_memory(recipe, row["processes"])
+        row |= {"estimated_bytes": memory.tensors, "estimated_outside_bytes": memory.outside}
+    result["about"]["estimates"] = commit()
+
+
 def _steps(recipe: Recipe, vocabulary: int, rows: int, micro_batches: int) -> int:
     engine = open_engine(recipe)
     torch.manual_seed(recipe.seed)
@@ -101,13 +115,21 @@ def _steps(recipe: Recipe, vocabulary: int, rows: int, micro_batches: int) -> in
 def main() -> None:
     """Measure all, print as it goes, write after each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, help="the file for the result")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only estimate anew, for what FILE measured")
     parser.add_argument("--commit", help="of the code, where git cannot say it")
     options = parser.parse_args()
+    if (options.output is None) == (options.again is None):
+        parser.error("Give either --output FILE, to measure, or --again FILE, to estimate anew for what it measured")
+    if options.again is not None:
+        result = json.loads(options.again.read_text(encoding="utf-8"))
+        estimate_again(result)
+        write(result, options.again)
+        return
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     launched = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-    result: dict[str, Any] = {
+    result = {
         "about": about(f"{launched} -m benchmarks.memory", "cuda", options.commit),
         "rows": [],
     }

@@ -266,12 +266,14 @@ def memory(result: dict[str, Any]) -> str:
                 f"{r['tokens']:,}",
                 f"{estimated / 2**30:.1f}",
                 r["problem"] or f"{measured / 2**30:.1f}",
-                "" if measured is None else f"{100 * (estimated / measured - 1):+.0f} %",
+                "" if measured is None else f"{round(100 * (estimated / measured - 1)):+d} %",
                 f"{r['measured_outside_bytes'] / 2**30:.1f}",
             ]
         )
     heads = ["recipe", "tokens at once", "GiB estimated", "GiB measured", "estimate off by", "GiB outside PyTorch"]
-    return "\n\n".join([table(heads, rows), told(result["about"])])
+    again = result["about"].get("estimates")
+    of = f" · estimates of {again}" if again else ""
+    return "\n\n".join([table(heads, rows), told(result["about"]) + of])
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -290,12 +292,17 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_gpu": training,
     "train_gpu-summary": training_summary,
     "train_gpu_variants": training,
+    "train_gpu_340m": training,
+    "train_gpu_130m": training,
     "context_parallel": context_parallel,
     "memory": memory,
     "memory_sharded": memory,
     "scaling": scaling,
     "test_gpu": gpu_tests,
+    "test_gpu_fla": gpu_tests,
     "test_gpu_limits": gpu_tests,
+    "test_gpu_training": gpu_tests,
+    "test_gpu_two": gpu_tests,
 }
 
 

@@ -96,9 +96,9 @@ class Distributed(Engine):
         own = torch.stack(losses).double()
         all_of_them = torch.cat([own.sum()[None], own.new_tensor([seconds if self.is_main else 0.0, float(stop)])])
         dist.all_reduce(all_of_them)
-        norm = self._step(rate, all_of_them[0], norm)
         *parts, loss, told, wishes, length = torch.cat([own, all_of_them, norm.to(own)[None]]).tolist()
-        return Outcome(parts, loss, length, told, wishes > 0)
+        outcome = Outcome(parts, loss, length, told, wishes > 0)
+        return self._applied(outcome, rate)
 
     def gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks

@@ -172,25 +172,22 @@ class Engine:
             seconds, stop: see `Outcome`.
         """
         norm = self.clip(clip)
-        parts = torch.stack(losses).double()
-        norm = self._step(rate, parts.sum(), norm)
-        *own, length = torch.cat([parts, norm.to(parts)[None]]).tolist()  # waits for the device, once a step
-        return Outcome(own, math.fsum(own), length, seconds, stop)
+        parts = torch.stack([*losses, norm.to(losses[0])])
+        # Reading them waits for the device, once a step; in exchange a bad gradient never reaches the weights.
+        *own, length = parts.tolist()
+        return self._applied(Outcome(own, math.fsum(own), length, seconds, stop), rate)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def _step(self, rate: float, loss: Tensor, norm: Tensor) -> Tensor:
-        """Takes the optimiser's step, which changes nothing unless both numbers are finite; returns the norm.
-
-        Nobody waits for the numbers: the fused AdamW looks at them on the device, as it does for gradient scalers.
-        """
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
-        self.optimizer.step()
+    def _applied(self, outcome: Outcome, rate: float) -> Outcome:
+        """Takes the optimiser's step if it may be taken; what came of it."""
+        if outcome.finite:
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return outcome
 
     def stretch(self, batch: Batch) -> Batch:
         """What of a micro-batch this process computes: all of it, or its part where rows are cut over processes."""

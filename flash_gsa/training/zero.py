@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.training.distributed import Distributed
-from flash_gsa.training.engine import Inside, Piece, Read
+from flash_gsa.training.engine import Inside, Outcome, Piece, Read
 from flash_gsa.training.optimizer import build_optimizer, set_learning_rate
 from flash_gsa.training.recipe import EngineSection, OptimizerSection
 
@@ -93,12 +93,13 @@ class Zero(Distributed):
         # It clips in its own step, to the norm it was given at the start, and tells the norm after it.
         return torch.zeros((), device=self.device)
 
-    def _step(self, rate: float, loss: Tensor, norm: Tensor) -> Tensor:
-        if not loss.isfinite():
-            return norm
+    def _applied(self, outcome: Outcome, rate: float) -> Outcome:
+        if not outcome.finite:
+            return outcome
         set_learning_rate(self.optimizer, rate)
         self.inside.step()  # leaves the weights as they are if the gradient is not finite
-        return torch.as_tensor(self.inside.get_global_grad_norm(), device=self.device)
+        norm = float(self.inside.get_global_grad_norm())
+        return Outcome(outcome.parts, outcome.loss, norm, outcome.seconds, outcome.stop)
 
     def pieces(self) -> dict[str, Piece]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -108,6 +108,8 @@ def test_peak_by_the_devices_name(monkeypatch, name, peak):
 
 @pytest.mark.gpu
 def test_auto_is_bf16_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     engine = Engine()
     assert (engine.device.type, engine.precision) == ("cuda", "bf16")
     tensor = torch.ones(2, 2, device=engine.device)
