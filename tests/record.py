@@ -2,6 +2,7 @@
 
 The file says of the run: device, versions, commit, date and command; how many tests passed, failed and were skipped, in
 all and by file; every failure with its last words; why tests were skipped; how long it took, and which were slowest.
+Beside it FILE.log names every test with its outcome and seconds.
 """
 
 import json
@@ -74,6 +75,8 @@ class Recorder:
         path: Path = self.config.getoption("record")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        log = "".join(f"{how:7} {self.seconds[test]:7.2f} s  {test}\n" for test, how in sorted(self.outcomes.items()))
+        path.with_suffix(".log").write_text(log, encoding="utf-8")
 
     def _failed(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         self.outcomes[report.nodeid] = "failed"

@@ -1,8 +1,10 @@
 """The record of a test run says what passed, what did not and why, with any number of processes."""
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -56,6 +58,9 @@ def test_a_run_with_failures(tmp_path):
     assert record["skipped"] == {"not here": 1, "not now": 1}
     assert record["seconds"] > 0
     assert len(record["slowest"]) == 7
+    log = out.with_suffix(".log").read_text(encoding="utf-8").splitlines()
+    assert Counter(line.split()[0] for line in log) == record["counts"]
+    assert any(re.fullmatch(r"failed +\d+\.\d\d s +\S*test_made_up\.py::test_bad", line) for line in log)
 
 
 def test_a_file_that_cannot_be_collected(tmp_path):

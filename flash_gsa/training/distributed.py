@@ -53,12 +53,7 @@ class Distributed(Engine):
         self._started = not dist.is_initialized()
         _start(self.device, section.timeout)
         self.rank, self.ranks, self.context = dist.get_rank(), dist.get_world_size(), section.context
-        if self.ranks % (section.replicas or 1):
-            divisors = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0]
-            raise UsageError(
-                f"engine.replicas={section.replicas} does not divide the {self.ranks} processes that were started. "
-                f"Set it to one of {', '.join(map(str, divisors))}, or start another number of processes"
-            )
+        section.shards(self.ranks)  # or says why not
 
     def prepare(self, model: GSAForCausalLM, settings: OptimizerSection) -> None:
         self.model = self.placed(model)

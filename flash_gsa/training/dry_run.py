@@ -120,7 +120,10 @@ class _Change:
 
 
 def _ladders(recipe: Recipe, processes: int) -> Iterator[list[_Change]]:
-    """Changes, the smaller ones first; within a ladder each takes less memory than the one before."""
+    """Changes, the smaller ones first; within a ladder each takes less memory than the one before.
+
+    Rows cut into micro-batches are a ladder of their own: DDP keeps gradients for several that it does not for one.
+    """
     also = ""
     if recipe.engine.reshard_after == "step":  # with it, fewer rows at once can take more: sums of micro-batches
         also, recipe = "engine.reshard_after=block ", _with_engine(recipe, reshard_after="block")
@@ -129,12 +132,12 @@ def _ladders(recipe: Recipe, processes: int) -> Iterator[list[_Change]]:
     again = _with_engine(recipe, checkpointing="all")
     if recipe.engine.checkpointing != "all":
         said = f"{also}engine.checkpointing=all"
-        yield [_Change(said, again, processes), *_fewer_rows(again, processes, said)]
+        yield from ([_Change(said, again, processes)], _fewer_rows(again, processes, said))
     sharded = recipe.engine.kind in ("fsdp2", "zero3")
     if not sharded and processes > 1:
         for base, more in ((recipe, ""), (again, " engine.checkpointing=all")):
             said, changed = f"{also}engine.kind=fsdp2{more}", _with_engine(base, kind="fsdp2", replicas=None)
-            yield [_Change(said, changed, processes), *_fewer_rows(changed, processes, said)]
+            yield from ([_Change(said, changed, processes)], _fewer_rows(changed, processes, said))
     # More processes divide what is kept. What one of them computes at once is the least there is.
     settings, least = f"{also}engine.checkpointing=all batch.micro_rows=1", _with_rows(again, 1)
     if not sharded:

@@ -137,12 +137,7 @@ def check_processes(recipe: Recipe, processes: int) -> None:
             f"engine.kind=single is one process, and there are {processes}. Set engine.kind=ddp (whole copies) or "
             "engine.kind=fsdp2 (weights and moments in shards), or start one process"
         )
-    if engine.replicas is not None and processes % engine.replicas:
-        fewer, more = processes // engine.replicas * engine.replicas, -(-processes // engine.replicas) * engine.replicas
-        raise UsageError(
-            f"{processes} processes cannot be divided into engine.replicas={engine.replicas} groups of equal size: "
-            f"start {f'{fewer} or ' if fewer else ''}{more}, or set engine.replicas to a divisor of {processes}"
-        )
+    engine.shards(processes)
     recipe.batch.micro_batches(processes, engine.context)
 
 
@@ -162,7 +157,7 @@ def estimate_memory(recipe: Recipe, processes: int = 1, size: Size | None = None
     engine, precision = recipe.engine, recipe.precision
     rows, micro_batches = recipe.batch.micro_batches(processes, engine.context)
     kept, compute = (2, 2) if precision == "pure_bf16" else (4, 4 if precision == "fp32" else 2)
-    shards = 1 if engine.kind in ("single", "ddp") else processes // (engine.replicas or 1)
+    shards = engine.shards(processes)
     whole_copy = engine.kind in ("single", "ddp")
     zero = engine.kind in ("zero2", "zero3")
 

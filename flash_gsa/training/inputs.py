@@ -22,6 +22,7 @@ from flash_gsa.data import (
     sample_documents,
     split_documents,
 )
+from flash_gsa.errors import UsageError
 from flash_gsa.training.held_out import HeldOut, HeldOutMQAR, HeldOutText
 from flash_gsa.training.recipe import MQARData, Recipe, TextData, WeightedSource
 
@@ -143,7 +144,14 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
         if data.held_out is not None:
             sizes["data.held_out"] = data.held_out if data.held_out < 1 else _part_of(int(data.held_out), share)
         used = _limit(data.train_bytes, share)
-        division = split_documents(store, sizes) if sizes else {}
+        try:
+            division = split_documents(store, sizes) if sizes else {}
+        except UsageError as error:
+            if share == 1:
+                raise
+            raise UsageError(
+                f"The source {entry.source} (a number of bytes is divided between sources by weight): {error}"
+            ) from None
         documents = division.get("train")  # None: all
         available = store.num_bytes if documents is None else int(store.sizes(documents).sum())
         if used is not None and used < available:

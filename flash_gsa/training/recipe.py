@@ -262,6 +262,24 @@ class EngineSection(Section):
             raise ValueError("engine.context needs engine.kind=ddp, fsdp2 or hsdp")
         return self
 
+    def shards(self, processes: int) -> int:
+        """Over how many of so many processes weights or moments are divided.
+
+        Raises:
+            UsageError: `processes` cannot be divided into `replicas` groups.
+        """
+        if self.kind in ("single", "ddp"):
+            return 1
+        groups = self.replicas or 1
+        if processes % groups:
+            fewer, more = processes // groups * groups, -(-processes // groups) * groups
+            divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+            raise UsageError(
+                f"{processes} processes cannot be divided into engine.replicas={groups} groups of equal size: "
+                f"start {f'{fewer} or ' if fewer else ''}{more}, or set engine.replicas to one of {divisors}"
+            )
+        return processes // groups
+
 
 class EvaluationSection(Section):
     """The held-out score during training; also before the first step and after the last."""

@@ -212,6 +212,8 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "letters, digits and any of _ . -, the first a letter or a digit",
 }
 
 
@@ -232,6 +234,10 @@ def _readable(error: ValidationError) -> list[str]:
         else:
             message = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             expected, _ = wrong.setdefault(key, ([], f", got {value!r} ({_kind(value)})"))
+            limits = detail.get("ctx", {})
+            if detail["type"] in ("too_short", "too_long"):
+                bound, number = ("least", "min_length") if detail["type"] == "too_short" else ("most", "max_length")
+                message = f"at {bound} {limits[number]} entries"
             expected.append(_EXPECTED.get(detail["type"], message))
     return [f"{key}: expected {' or '.join(e)}{got}" if e else key for key, (e, got) in wrong.items()]
 

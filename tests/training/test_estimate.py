@@ -248,7 +248,7 @@ def test_more_processes_are_the_last_resort(size):
     [
         ({}, 2, "engine.kind=single is one process, and there are 2"),
         ({"kind": "ddp", "context": 3}, 3, "cannot be cut into equal stretches for the processes of engine.context=3"),
-        ({"kind": "hsdp", "replicas": 2}, 3, "start 2 or 4, or set engine.replicas to a divisor of 3"),
+        ({"kind": "hsdp", "replicas": 2}, 3, "start 2 or 4, or set engine.replicas to one of 1, 3"),
         ({"kind": "ddp", "context": 2}, 3, "start 2 processes"),
         ({"kind": "ddp"}, 3, "The nearest that can: batch.rows=72, or 2 processes"),
         ({"kind": "ddp"}, 16, "batch.rows=128, or batch.micro_rows=4, or 8 processes"),

@@ -100,6 +100,14 @@ def test_a_share_is_held_out_of_each_source_and_byte_counts_are_divided(make_rec
     assert len(everything) < 4 + text.count("\n")
 
 
+def test_a_source_with_too_little_is_named(make_recipe, tmp_path):
+    recipe = make_recipe(*weighted(tmp_path, "data.held_out=4000"))
+    with pytest.raises(
+        UsageError, match=r"The source .*text\.jsonl .* by weight\): data\.held_out=3000 leaves no document"
+    ):
+        text_parts(recipe, load_tokenizer("byte"))
+
+
 def test_batches_and_bytes_per_token_of_weighted_sources(make_recipe, tmp_path):
     inputs = prepare_inputs(make_recipe(*weighted(tmp_path, "batch={rows: 40, length: 8}")))
     batch = inputs.batches.batch(3)

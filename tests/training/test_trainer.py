@@ -394,6 +394,13 @@ def test_a_folder_of_something_else_is_left_alone(make_recipe, tmp_path):
         train(make_recipe(f"output_dir={tmp_path}/file"))
 
 
+def test_the_recipe_of_a_run_that_cannot_be_read(make_recipe):
+    run = train(make_recipe("schedule.steps=3")).run_dir
+    (run / "recipe.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(UsageError, match=r"recipe\.yaml is not UTF-8 text \(byte 6\)"):
+        train(make_recipe("schedule.steps=3"))
+
+
 def test_two_processes_do_not_share_a_folder(make_recipe):
     with open_run_folder(make_recipe(), "resume"), pytest.raises(UsageError, match="Another process is training in"):
         train(make_recipe())
