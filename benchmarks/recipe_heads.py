@@ -1,16 +1,16 @@
 """What a shipped recipe is expected to take: the block in its head between `# <!-- expected -->` and `# <!-- end -->`.
 
-Memory is the estimate of a dry run. Time is the model's FLOPs over what GPUs reach of their peak: the shares measured
-by `python -m benchmarks.scaling` on one and on two (benchmarks/results/scaling.json), or while there are none the dry
-run's.
+Memory is the estimate of a dry run. Time is the model's FLOPs over what a GPU reaches of its peak: alone, as measured
+of a model of that size (SIZES); beside others, that times what two reached of one (`python -m benchmarks.scaling`).
 """
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from flash_gsa.errors import UsageError
-from flash_gsa.training.dry_run import ASSUMED_SHARE, DryRun, dry_run, duration, peak_flops
+from flash_gsa.training.dry_run import DryRun, dry_run, duration, peak_flops
 from flash_gsa.training.estimate import GIB, Size, model_size
 from flash_gsa.training.recipe import EngineSection, Recipe
 from flash_gsa.training.recipe_file import load_recipe
@@ -18,7 +18,8 @@ from flash_gsa.training.recipe_file import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = RESULTS / "scaling.json"
+SIZES = {"gsa_340m": "train_gpu_340m", "prose_100m": "train_gpu_130m"}
+"""Recipe → the result of `flash-gsa bench train` for a model of its size. For others: scaling.json, of the 1.3B."""
 BLOCK = re.compile(r"(# <!-- expected -->\n).*?(# <!-- end -->)", re.DOTALL)
 GPU, MEMORY = "H100", 0.9 * 79 * GIB
 """What PyTorch sees of an H100 with 80 GB, less what its allocator may lose between tensors."""
@@ -37,7 +38,7 @@ def with_head(path: Path) -> str:
 
 
 def _lines(name: str) -> list[str]:
-    one, several, origin = _shares()
+    one, several, origin = _shares(name)
     peak = peak_flops(GPU)
     assert peak is not None
     recipe = load_recipe(name, data_named=False)
@@ -88,26 +89,26 @@ def _section(values: dict[str, str]) -> str:
     return f"engine={{{', '.join(f'{name}: {value}' for name, value in values.items())}}}"
 
 
-def _shares() -> tuple[float, float, list[str]]:
+def _shares(name: str) -> tuple[float, float, list[str]]:
     """Of a GPU's peak, where it is alone and where it is not, and where that is from."""
-    if MEASURED.exists():
-        runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
-        alone = max((r["mfu"] for r in runs if r.get("mfu") and r["processes"] == 1), default=None)
-        beside = next((r["mfu"] for r in runs if r.get("mfu") and "reshard_after: step" in r["name"]), None)
-        if alone and beside:
-            return (
-                alone,
-                beside,
-                [
-                    f"  Time: at {alone:.0%} of the peak on one, {beside:.0%} on several: benchmarks.scaling, 1.3B,",
-                    "  on one GPU and two of one machine; small models reach less. Memory: estimated.",
-                ],
-            )
+    runs = [run for run in _result("scaling")["runs"] if run.get("mfu")]
+    most = max(run["micro_batches"] for run in runs if run["processes"] > 1)  # the nearest to a recipe's steps
+    alone, *_ = (run["mfu"] for run in runs if run["processes"] == 1 and run["micro_batches"] == most)
+    beside = max(run["mfu"] for run in runs if run["processes"] > 1 and run["micro_batches"] == most)
+    origin, one = "scaling", alone
+    if name in SIZES:
+        origin = SIZES[name]
+        one, *_ = (r["mfu"] for r in _result(origin)["steps"] if r["implementation"] == "ours" and r.get("mfu"))
+    several = one * beside / alone
     return (
-        ASSUMED_SHARE,
-        ASSUMED_SHARE,
+        one,
+        several,
         [
-            f"  Time: at {ASSUMED_SHARE:.0%} of the peak, which is assumed and not measured; small models reach less.",
-            "  Memory: estimated; `flash-gsa train … --dry-run` tells its parts.",
+            f"  Time: of the steps, at {one:.0%} of the peak on one (benchmarks/results/{origin}.json),",
+            f"  {several:.0%} on several, as two of one machine reach with the 1.3B (scaling.json). Memory: estimated.",
         ],
     )
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

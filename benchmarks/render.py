@@ -12,15 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bytes_table
 from benchmarks.markdown import minutes, table, told
-from benchmarks.operator_table import operator, summary
+from benchmarks.operator_table import lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
+from benchmarks.scaling import CONFIGURATIONS
 from benchmarks.training_table import training, training_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/results/README.md", "docs/kernels.md", "docs/parallel.md", "docs/training.md")
 BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+FILES = {
+    "op_gpu-summary": "op_gpu",
+    "op_gpu-lengths": "op_gpu",
+    "train_gpu-summary": "train_gpu",
+    "operator_memory": "operator_bytes",
+}
+"""Blocks of the file of another block."""
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -173,6 +184,14 @@ def decode_gpu(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 
+def operator_bytes(result: dict[str, Any]) -> str:
+    return bytes_table.moved(result, load("op_gpu"))
+
+
+def operator_memory(result: dict[str, Any]) -> str:
+    return bytes_table.held(result, load("op_gpu"))
+
+
 def drift(result: dict[str, Any]) -> str:
     rows = result["rows"]
     stops = list(dict.fromkeys(r["steps"] for r in rows))
@@ -251,6 +270,12 @@ def scaling(result: dict[str, Any]) -> str:
                 f"{run['data_share']:.2%}",
             ]
         )
+    ran = {(run["name"], run["micro_batches"]) for run in result["runs"]}
+    rows += [
+        [name, str(several), str(count), "not run", "", "", "", ""]
+        for name, several, count, _ in CONFIGURATIONS
+        if (name, count) not in ran
+    ]
     heads = ["engine", "GPUs", "micro-batches", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
     title = f"`{result['recipe']}`, {ones[1]['tokens_a_step']:,} tokens a micro-batch and GPU:"
     return "\n\n".join([title, table(heads, rows), told(result["about"])])
@@ -284,6 +309,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "op_gpu-summary": summary,
+    "op_gpu-lengths": lengths,
+    "operator_bytes": operator_bytes,
+    "operator_memory": operator_memory,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "kernel_trials": kernel_trials,
@@ -312,8 +340,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def block(name: str) -> str:
-    """What stands in a block of that name; `NAME-summary` is of the same file as NAME."""
-    file = name.removesuffix("-summary")
+    """What stands in a block of that name."""
+    file = FILES.get(name, name)
     if not (RESULTS / f"{file}.json").exists():
         return "Not measured yet."
     return RENDERERS[name](load(file))

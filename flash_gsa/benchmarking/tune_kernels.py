@@ -269,8 +269,7 @@ def compile_kernel(target: tuple[str, int, int], workload: Workload, tiles: Tile
 
     def compile_only(variant: launching.Variant, programs: int, arguments: tuple) -> None:
         if FIELDS.get(variant.kernel.fn.__name__) == wanted:
-            options = {"num_warps": variant.warps, "num_stages": variant.stages, "grid": (programs,), "warmup": True}
-            compiled.append(variant.kernel.run(*arguments, **variant.constants, **variant.options, **options))
+            compiled.append(variant.kernel.run(*arguments, grid=(programs,), warmup=True, **variant.told))
 
     launching.launch = compile_only
     start = time.perf_counter()

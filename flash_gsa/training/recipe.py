@@ -351,4 +351,9 @@ class Recipe(Section):
         for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
             if name in self.model:
                 raise ValueError(f"model.{name} is taken from {origin}; leave it out")
+        if self.engine.kind in ("zero2", "zero3") and self.precision == "pure_bf16":
+            raise ValueError(
+                f"engine.kind={self.engine.kind} keeps fp32 weights beside the bf16 ones; use precision=bf16, or "
+                "engine.kind=fsdp2 for precision=pure_bf16"
+            )
         return self

@@ -26,7 +26,7 @@ class Zero(Distributed):
     """ZeRO-2 or ZeRO-3. With precision "bf16" weights and their gradients are bf16, beside fp32 weights and moments.
 
     Raises:
-        UsageError: DeepSpeed is not installed, or the precision is "pure_bf16".
+        UsageError: DeepSpeed is not installed.
     """
 
     def __init__(self, device: str, precision: str, section: EngineSection) -> None:
@@ -34,11 +34,6 @@ class Zero(Distributed):
             raise UsageError(
                 f"engine.kind={section.kind} needs DeepSpeed, which is not installed: "
                 "pip install flash-gsa[deepspeed]. engine.kind=fsdp2 shards the same without it"
-            )
-        if precision == "pure_bf16":
-            raise UsageError(
-                f"engine.kind={section.kind} keeps fp32 weights beside the bf16 ones; use precision=bf16, or "
-                "engine.kind=fsdp2 for precision=pure_bf16"
             )
         super().__init__(device, precision, section)
         self.stage = int(section.kind[-1])

@@ -35,3 +35,4 @@ def test_each_is_compared_with_one_process_that_computes_as_often_a_step():
     assert "| two | 2 | 1 | 19 | 1.90 |  | 1.0 | 0.00% |" in text
     assert "| two | 2 | 4 | 28 | 1.75 |  | 1.0 | 0.00% |" in text
     assert "| no | 2 | 1 | took too long |" in text
+    assert text.count("| not run |") == len(CONFIGURATIONS)  # none of those above is one of them

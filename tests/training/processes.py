@@ -1,13 +1,17 @@
 """One of several processes that train together: `torchrun … -m tests.training.processes RECIPE RUN…`.
 
-Each RUN is a JSON object: {"overrides": […], "after": [folder, step]}; with "after", the run goes on from that
-checkpoint of another run, whose recipe it takes over. One run follows the other in the same processes, because
-starting them costs more than a run. What is refused leaves its message in DIR/refused-RANK.txt.
+Each RUN is a JSON object: {"overrides": […], "after": [folder, step], "killed": step}; with "after", the run goes on
+from that checkpoint of another run, whose recipe it takes over; with "killed", the first process is killed at that
+step, as soon as there is a checkpoint. One run follows the other in the same processes, because starting them costs
+more than a run. What is refused leaves its message in DIR/refused-RANK.txt.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ import torch.distributed as dist
 
 import flash_gsa.training.trainer as trainer
 from flash_gsa.errors import UsageError
+from flash_gsa.training.events import Event, Stepped
 from flash_gsa.training.recipe_file import load_recipe
 
 
@@ -30,11 +35,24 @@ def main(file: str, *runs: str) -> None:
             go_on_from(Path(run["after"][0]), run["after"][1], folder)
         dist.barrier()
         try:
-            trainer.train(recipe)
+            trainer.train(recipe, **{"on_event": killed_at(run["killed"], folder)} if "killed" in run else {})
         except UsageError as error:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"refused-{dist.get_rank()}.txt").write_text(str(error))
     dist.destroy_process_group()
+
+
+def killed_at(step: int, folder: Path):
+    """A listener that ends its process, the first, at a step, after the first checkpoint has come to be."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stepped) and event.record["step"] == step:
+            end = time.monotonic() + 60
+            while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < end:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return listen
 
 
 def go_on_from(other: Path, step: int, folder: Path) -> None:

@@ -18,12 +18,14 @@ from flash_gsa.training.engine import Engine
 from flash_gsa.training.engines import open_engine
 from flash_gsa.training.export import export, load_model
 from flash_gsa.training.metrics import read_metrics
+from flash_gsa.training.starts import read_starts
 from flash_gsa.training.trainer import train
 
 from ..conftest import made_once
 from .conftest import write_tiny
 from .processes import go_on_from
 
+pytestmark = pytest.mark.timeout(600)  # a dozen runs of two processes are made at once, for all tests
 KINDS = {
     "ddp": ["engine.kind=ddp"],
     "fsdp2": ["engine.kind=fsdp2"],
@@ -82,9 +84,14 @@ def make_runs(folder):
         asked.append({"overrides": settings(f"nan by {kind}", *KINDS[kind], *huge)})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    for other in ("fsdp2", "zero3"):
+    killed = {"overrides": settings("killed", *KINDS["fsdp2"])}
+    done = launched(2, folder / "tiny.yaml", json.dumps(killed | {"killed": 6}))
+    assert done.returncode != 0
+    for other in ("fsdp2", "zero3", "killed"):
         go_on_from(folder / other, 4, folder / f"one-after-{other}")
         train(make(*settings(f"one after {other}")))
+    done = launched(2, folder / "tiny.yaml", json.dumps(killed))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 def figures(run_dir, kind):
@@ -116,14 +123,21 @@ def test_their_checkpoints_hold_the_same_weights_and_moments(runs, kind):
         if not name.startswith("random/"):
             torch.testing.assert_close(found.read(name), expected.read(name), rtol=1e-3, atol=1e-5)
     shards = sorted(p.name for p in (found.folder / "shards").glob("*"))
-    sharded = kind in ("fsdp2", "context", "step", "more")
-    assert shards == (["00000-of-00002.safetensors", "00001-of-00002.safetensors"] if sharded else shards)
-    assert (found.folder / "model.safetensors").exists() == (kind in ("ddp", "zero2", "zero3"))
+    whole = kind in ("ddp", "zero2", "zero3")
+    assert shards == ([] if whole else ["00000-of-00002.safetensors", "00001-of-00002.safetensors"])
+    assert (found.folder / "model.safetensors").exists() == whole
 
 
 @pytest.mark.parametrize("name", ["one after fsdp2", "one after zero3", *(f"{a} after {b}" for a, b in AFTER)])
 def test_any_engine_goes_on_from_any_others_checkpoint(runs, name):
     assert_same(runs(name), runs("one"))
+    assert [start["step"] for start in read_starts(runs(name))] == [0, 4]
+
+
+@pytest.mark.parametrize("name", ["killed", "one after killed"])
+def test_a_run_of_which_one_process_was_killed_goes_on_with_two_or_one(runs, name):
+    assert_same(runs(name), runs("one"))
+    assert [start["step"] for start in read_starts(runs(name))] == [0, 4]
 
 
 def test_a_sharded_checkpoint_is_a_model(runs, tmp_path):
@@ -237,21 +251,25 @@ def test_one_process_is_the_default(make_recipe):
     assert (engine.rank, engine.ranks, engine.is_main) == (0, 1, True)
 
 
-# What float32 products on a GPU, in another order, leave of a loss after seven steps; and bf16's.
+# Name: one of KINDS, precision, more overrides. What float32 products on a GPU, in another order, leave of a loss after
+# seven steps; and bfloat16's.
 ON_GPUS = {
-    "ddp": (["precision=fp32"], 2e-4),
-    "fsdp2": (["precision=fp32"], 2e-4),
-    "hsdp": (["precision=fp32"], 2e-4),
-    "zero3": (["precision=fp32"], 2e-4),
-    "context": (["precision=fp32"], 2e-4),
-    "step": (["precision=bf16"], 2e-2),
-    "more": (["precision=bf16", "engine.compile=true"], 2e-2),
+    "ddp": ("ddp", "fp32"),
+    "fsdp2": ("fsdp2", "fp32"),
+    "hsdp": ("hsdp", "fp32"),
+    "zero2": ("zero2", "bf16"),
+    "zero3": ("zero3", "fp32"),
+    "context": ("context", "fp32"),
+    "step": ("step", "bf16"),
+    "more": ("more", "bf16", "engine.compile=true"),
+    "pure": ("fsdp2", "pure_bf16"),
 }
+TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "pure_bf16": 2e-2}
 
 
 @pytest.fixture(scope="module")
 def gpu_runs(tmp_path_factory):
-    """Folders by name, of runs by one process on one GPU ("fp32", "bf16") and by two on two."""
+    """Folders by name: of runs by one process on one GPU, called after their precision; by two on two; "A after B"."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("gpu_runs")
@@ -264,22 +282,42 @@ def gpu_runs(tmp_path_factory):
         "schedule.steps=7",
         "optimizer.lr=1e-3",
     ]
-    for precision in ("fp32", "bf16"):
-        train(make(*common, f"precision={precision}", f"output_dir={folder / precision}"))
-    kinds = [kind for kind in ON_GPUS if kind != "zero3" or importlib.util.find_spec("deepspeed")]
-    asked = [{"overrides": [*common, *KINDS[k], *ON_GPUS[k][0], f"output_dir={folder / k}"]} for k in kinds]
-    done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
+
+    def settings(name, precision, *more):
+        return [*common, f"precision={precision}", *more, f"output_dir={folder / name}"]
+
+    def asked(name, kind, precision, *more):
+        return {"overrides": settings(name, precision, *KINDS[kind], *more)}
+
+    for precision in TOLERANCE:
+        train(make(*settings(precision, precision)))
+    kinds = {n: w for n, w in ON_GPUS.items() if "zero" not in n or importlib.util.find_spec("deepspeed")}
+    runs = [asked(name, *what) for name, what in kinds.items()]
+    runs.append(asked("fsdp2-after-fp32", "fsdp2", "fp32") | {"after": [str(folder / "fp32"), 4]})
+    done = launched(2, folder / "tiny.yaml", *map(json.dumps, runs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    go_on_from(folder / "fsdp2", 4, folder / "fp32-after-fsdp2")
+    train(make(*settings("fp32-after-fsdp2", "fp32")))
     return folder
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ON_GPUS)
-def test_two_gpus_train_as_one_does(gpu_runs, kind):
-    if not (gpu_runs / kind).exists():
-        pytest.skip("needs DeepSpeed")
-    more, tolerance = ON_GPUS[kind]
-    expected = gpu_runs / more[0].removeprefix("precision=")
+def assert_near(found, expected, precision):
     for what in ("train", "eval"):
-        found = [r["loss"] for r in figures(gpu_runs / kind, what)]
-        assert found == pytest.approx([r["loss"] for r in figures(expected, what)], rel=tolerance)
+        losses = [r["loss"] for r in figures(found, what)]
+        assert losses == pytest.approx([r["loss"] for r in figures(expected, what)], rel=TOLERANCE[precision])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_two_gpus_train_as_one_does(gpu_runs, name):
+    if not (gpu_runs / name).exists():
+        pytest.skip("needs DeepSpeed")
+    precision = ON_GPUS[name][1]
+    assert_near(gpu_runs / name, gpu_runs / precision, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fsdp2-after-fp32", "fp32-after-fsdp2"])
+def test_another_number_of_gpus_goes_on(gpu_runs, name):
+    assert_near(gpu_runs / name, gpu_runs / "fp32", "fp32")
+    assert [start["step"] for start in read_starts(gpu_runs / name)] == [0, 4]

@@ -125,6 +125,7 @@ REFUSED = [
         ["engine={kind: ddp, context: 2}", "model={token_mixer: attention, hidden_size: 16, num_heads: 1}"],
         r"layer 0 is softmax attention, which has no state.* Leave it out \(engine\.context of a recipe\)",
     ),
+    (["engine.kind=zero3", "precision=pure_bf16"], r"engine\.kind=zero3 keeps fp32 weights .* use precision=bf16"),
     (["engine.replicas=2"], r"engine\.replicas goes with engine\.kind=hsdp"),
     (["seed"], r"'seed' is not an override: expected key\.path=value"),
     (["seed=[1"], r"The value in 'seed=\[1' is not YAML"),

@@ -29,6 +29,13 @@ class Variant:
     options: dict[str, Any]
     compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments, by its names."""
+        # Multiplications are fused with additions, whatever a release of Triton does where nothing is said.
+        always = {"enable_fp_fusion": True, "num_warps": self.warps, "num_stages": self.stages}
+        return self.constants | always | self.options
+
 
 @functools.cache
 def variant(
@@ -75,8 +82,7 @@ def run(
 
 
 def _compile(variant: Variant, programs: int, arguments: tuple, key: tuple) -> Any:
-    options = variant.constants | variant.options | {"num_warps": variant.warps, "num_stages": variant.stages}
-    compiled = variant.kernel[(programs,)](*arguments, **options)
+    compiled = variant.kernel[(programs,)](*arguments, **variant.told)
     if compiled is not None:
         names = variant.kernel.arg_names[len(arguments) :]
         variant.compiled[key] = compiled, tuple(variant.constants[name] for name in names)
