@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from flash_gsa.inspection import slot_usage
 from flash_gsa.models import GSAForCausalLM
 from flash_gsa.models.flops import training_flops
 from flash_gsa.training import checkpoint as checkpoint_module
-from flash_gsa.training import events
+from flash_gsa.training import events, trainer
 from flash_gsa.training.engine import Engine, checkpoint_blocks
 from flash_gsa.training.errors import TrainingStopped
 from flash_gsa.training.inputs import prepare_inputs
@@ -27,6 +28,7 @@ from flash_gsa.training.model import model_config
 from flash_gsa.training.optimizer import learning_rate
 from flash_gsa.training.recipe_file import load_recipe
 from flash_gsa.training.run_folder import open_run_folder
+from flash_gsa.training.starts import read_starts
 from flash_gsa.training.trainer import train
 
 FIGURES = ("step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "by_source", "accuracy")
@@ -41,6 +43,11 @@ def curve(run_dir, kind="train"):
 
 def weights(result):
     return load_file(result.checkpoint / "model.safetensors")
+
+
+def began(run_dir):
+    """At which step the run began, and each time that it went on."""
+    return [start["step"] for start in read_starts(run_dir)]
 
 
 def checkpoints(run_dir):
@@ -160,6 +167,7 @@ def test_resumes_with_the_same_bits(make_recipe, uninterrupted, steps):
     result = train(recipe)
     assert (result.step, result.signal) == (12, None)
     assert_same(result, uninterrupted)
+    assert began(result.run_dir) == [0, *steps]
 
 
 def test_a_finished_run_stays_as_it_is(make_recipe):
@@ -211,6 +219,7 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
     assert checkpoints(tmp_path / "run") == [*left, "step-00000004"]
     result = train(recipe)
     assert_same(result, uninterrupted)
+    assert began(result.run_dir) == [0, 4]
     assert checkpoints(tmp_path / "run") == ["step-00000008", "step-00000012"]
 
 
@@ -240,6 +249,7 @@ def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, ste
     killed = replace(once, run_dir=tmp_path / "run", checkpoint=tmp_path / "run" / "checkpoints" / once.checkpoint.name)
     assert_same(killed, (curve(once.run_dir), curve(once.run_dir, "eval"), weights(once)))
     assert checkpoints(killed.run_dir) == checkpoints(once.run_dir)
+    assert began(killed.run_dir)[-1] > 0
 
 
 def test_killed_before_the_first_checkpoint_starts_again(make_recipe, uninterrupted):
@@ -295,6 +305,54 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(make_recipe, uninterrupted,
         with pytest.raises(UsageError, match=r"step 8 could not be written.*no space.*step-00000004 is complete"):
             train(recipe)
     assert_same(train(recipe), uninterrupted)
+
+
+LIMITED = """
+import resource, sys
+from flash_gsa.cli import main
+
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+main()
+"""
+
+
+def test_a_file_that_the_system_does_not_let_grow(make_recipe, tmp_path, uninterrupted):
+    """As a full disk, by the system itself: weights fit into so many bytes, optimiser moments do not."""
+    size = (tmp_path / "whole/checkpoints/step-00000012/model.safetensors").stat().st_size
+    recipe = make_recipe()
+    command = [sys.executable, "-c", LIMITED, str(int(1.5 * size)), "train", str(tmp_path / "tiny.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 1
+    told = " ".join(done.stderr.split())
+    assert re.search(r"checkpoint of step 4 could not be written.*File too large", told), told
+    assert "Traceback" not in told
+    assert not [name for name in checkpoints(tmp_path / "run") if name.startswith("step-")]
+    assert_same(train(recipe), uninterrupted)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(make_recipe, monkeypatch):
+    release, told = threading.Event(), []
+
+    def slow(*arguments, **options):
+        assert release.wait(60)
+        return save_checkpoint(*arguments, **options)
+
+    def listen(event):
+        told.append(event)
+        if isinstance(event, events.Stepped) and event.record["step"] == 6:
+            release.set()
+
+    save_checkpoint = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", slow)
+    train(make_recipe(), on_event=listen)
+    what = [
+        f"step {e.record['step']}" if isinstance(e, events.Stepped) else e.folder.name
+        for e in told
+        if isinstance(e, events.Stepped | events.Saved)
+    ]
+    assert what.index("step 4") < what.index("step 6") < what.index("step-00000004")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_recipe):
