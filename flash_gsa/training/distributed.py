@@ -195,7 +195,7 @@ def _check_start(kind: str, device: str) -> None:
     if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
         raise UsageError(
             f"engine.kind={kind} needs processes that a launcher has started: {_HOW} "
-            "(or accelerate launch). For one process without a launcher set engine.kind=single"
+            "(or accelerate launch --multi-gpu). For one process without a launcher set engine.kind=single"
         )
     if not dist.is_initialized():
         if missing := [name for name in _LAUNCHER if name not in os.environ]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -48,12 +49,27 @@ AFTER = [
 SAME = {"rel": 2e-5, "abs": 2e-6}
 
 
-def launched(processes, *arguments, seconds=280, **environment):
+LAUNCHER, ENVIRONMENT = [sys.executable, "-m", "torch.distributed.run"], {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launched(processes, *arguments, seconds=280):
     """Runs tests.training.processes; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "tests.training.processes", *map(str, arguments)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=settings, timeout=seconds, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, timeout=seconds, capture_output=True, text=True, check=False)
+
+
+def launched_on_two_machines(*arguments, seconds=280):
+    """The same by two launchers that find each other, as on two machines; returns what each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*LAUNCHER, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "machines"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "tests.training.processes", *map(str, arguments)]
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
+    said = [one.communicate(timeout=seconds)[0] for one in both]
+    assert not any(one.returncode for one in both), "\n".join(text[-3000:] for text in said)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +100,7 @@ def make_runs(folder):
         asked.append({"overrides": settings(f"nan by {kind}", *KINDS[kind], *huge)})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    launched_on_two_machines(folder / "tiny.yaml", json.dumps({"overrides": settings("machines", *KINDS["fsdp2"])}))
     killed = {"overrides": settings("killed", *KINDS["fsdp2"])}
     done = launched(2, folder / "tiny.yaml", json.dumps(killed | {"killed": 6}))
     assert done.returncode != 0
@@ -113,6 +130,12 @@ def assert_same(found, expected):
 def test_two_processes_train_as_one_does(runs, kind):
     assert_same(runs(kind), runs("one"))
     assert [r["devices"] for r in figures(runs(kind), "train")] == [2] * 7
+
+
+def test_launchers_of_several_machines_find_each_other(runs):
+    assert_same(runs("machines"), runs("one"))
+    (start,) = read_starts(runs("machines"))
+    assert start["command"].startswith("torchrun --nnodes 2 --nproc-per-node 1")
 
 
 @pytest.mark.parametrize("kind", KINDS)
