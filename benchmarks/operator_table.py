@@ -4,10 +4,14 @@ from typing import Any
 
 from benchmarks.markdown import table, told
 from flash_gsa.benchmarking.plots import STYLES
-from flash_gsa.benchmarking.report import NAMES, OPERATIONS, milliseconds, peak, ran, rate, verdict
+from flash_gsa.benchmarking.report import NAMES, OPERATIONS, digits, milliseconds, peak, ran, rate, verdict
 
 PASSES = (("forward", "forward"), ("+ backward", "forward_backward"))
 LAYERS = ("auto", "separate", "fla")
+SHORTEST = 2048
+"""From so many tokens a sequence on, time shall be linear in the length."""
+WAITING = 0.1
+"""By so much a call may take longer than its CUDA graph before it counts as bound by launches."""
 
 
 def operator(result: dict[str, Any]) -> str:
@@ -30,7 +34,8 @@ def operator(result: dict[str, Any]) -> str:
             row += [_times_faster(own, _timed(records.get(other)), key)] if other else []
             rows.append(row + [_memory(records.get(name), key) for name in with_memory])
     times = table(header, rows) if rows else ""
-    parts = (times, _problems(shapes), *_layers(result), _decoding(result), _sentences(result), told(result["about"]))
+    parts = (times, _recomputed(shapes), _problems(shapes), *_layers(result), _decoding(result), _sentences(result))
+    parts = (*parts, told(result["about"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -48,6 +53,84 @@ def summary(result: dict[str, Any]) -> str:
             row += [_times_faster(_timed(records["auto"]), _timed(record), "forward_backward")]
         rows.append([*row, _memory(records["auto"])])
     return "\n\n".join([table(header, rows), told(result["about"])])
+
+
+def lengths(result: dict[str, Any]) -> str:
+    """Of the same result: our time a token against the length, for one sequence and for a constant number of tokens."""
+    records = [r for r in result["lengths"] if r["implementation"] == "auto" and _timed(r)]
+    tokens = result["constant_tokens"]
+    one = {r["shape"]["T"]: r for r in records if r["shape"]["B"] == 1}
+    many = {r["shape"]["T"]: r for r in records if r["shape"]["B"] * r["shape"]["T"] == tokens}
+    graphs = any("in_graph" in r for r in records)
+    header = ["ns a token, sequences of"]
+    for passes, _ in PASSES:
+        header += [f"{passes}: one", *(["one, in a graph"] if graphs else []), f"{tokens:,} tokens"]
+    rows = []
+    for T in sorted({*one, *many}):
+        row = [f"{T:,}"]
+        for _, key in PASSES:
+            row += [_token(one.get(T), key)]
+            row += [_token((one.get(T) or {}).get("in_graph"), key, T)] if graphs else []
+            row += [_token(many.get(T), key)]
+        rows.append(row)
+    parts = [table(header, rows), _spread(one, many, tokens), *_bound_by_launches(one), told(result["about"])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _token(record: dict[str, Any] | None, key: str, tokens: int | None = None) -> str:
+    return digits(_nanoseconds(record, key, tokens)) if record else ""
+
+
+def _nanoseconds(record: dict[str, Any], key: str, tokens: int | None = None) -> float:
+    """Of one of the `tokens`, by default those of the record's shape."""
+    return 1e9 * record[key]["seconds"] / (tokens or record["shape"]["B"] * record["shape"]["T"])
+
+
+def _spread(one: dict[int, dict[str, Any]], many: dict[int, dict[str, Any]], tokens: int) -> str:
+    """The largest time a token over the smallest, where a call has enough tokens to fill the chip."""
+    cut = [r for length, r in many.items() if length >= SHORTEST] or list(many.values())
+    long = [r for length, r in one.items() if length >= tokens]
+    rows = []
+    for title, group in (
+        (f"{tokens:,} tokens, cut into sequences", cut),
+        (f"one sequence of {tokens:,} or more", long),
+        ("all of these", [*cut, *long]),
+    ):
+        if len(group) > 1:
+            found = [[_nanoseconds(r, key) for r in group] for _, key in PASSES]
+            rows.append([title, *(f"{100 * (max(times) / min(times) - 1):.1f} %" for times in found)])
+    shortest = min((r["shape"]["T"] for r in cut), default=0)
+    heads = [f"largest time a token over the smallest, less 1, from {shortest:,} tokens a sequence on"]
+    return table([*heads, *(passes for passes, _ in PASSES)], rows) if rows else ""
+
+
+def _bound_by_launches(one: dict[int, dict[str, Any]]) -> list[str]:
+    """Up to which length of one sequence the device waits for the host, where that was measured."""
+    said = []
+    for passes, key in PASSES:
+        slower = {T: r[key]["seconds"] / r["in_graph"][key]["seconds"] - 1 for T, r in one.items() if "in_graph" in r}
+        waiting = [T for T, share in slower.items() if share > WAITING]
+        if waiting:
+            said.append(f"{passes} up to {max(waiting):,} tokens")
+    if not any("in_graph" in r for r in one.values()):
+        return []
+    bound = f"Launches from the host bound one sequence ({WAITING:.0%} and more above its graph): "
+    unfilled = "What a graph takes a token more than a longer sequence is a chip that is not full."
+    return [f"{bound}{', '.join(said) or 'at no length'}. {unfilled}"]
+
+
+def _recomputed(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What it costs and saves to compute the states before chunks again in the backward."""
+    names = ("auto", "recompute", "fla")
+    rows = [
+        [label, *(_cell(records.get(name), "forward_backward") for name in names[:2])]
+        + [_memory(records.get(name)) for name in names]
+        for label, records in shapes.items()
+        if "recompute" in records
+    ]
+    titles = [NAMES[name] for name in names]
+    header = ["forward + backward, ms", *titles[:2], *(f"MiB, {title}" for title in titles)]
+    return table(header, rows) if rows else ""
 
 
 def _by_label(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -20,6 +20,9 @@ from .shapes import Shape
 Tensors = dict[str, Any]
 """Tensors by their names in the equations."""
 
+RECOMPUTE = "recompute"
+"""What `auto` runs, with states="recompute"."""
+
 SOFTMAX = {"sdpa-cudnn": "CUDNN_ATTENTION", "sdpa-flash": "FLASH_ATTENTION"}
 """Kernels of `torch.nn.functional.scaled_dot_product_attention`, by the names used here."""
 
@@ -50,6 +53,10 @@ class Implementation:
         """The same o by the shortest way to write it, in x's precision; for small shapes."""
         raise NotImplementedError
 
+    def by_products(self, x: Tensors, shape: Shape) -> Tensor:
+        """The same o, in x's precision, by matrix products; for shapes of any size where `gated_slots`."""
+        return recurrence(x, shape, backend="chunk")[0]
+
     def backend(self, shape: Shape, device: torch.device) -> str | None:
         """Which backend of this package's operator runs, None for other packages."""
         return None
@@ -66,20 +73,25 @@ class Implementation:
 
 
 class Ours(Implementation):
-    """`flash_gsa.gated_slot_attention`; `name` is "auto" or a backend's."""
+    """`flash_gsa.gated_slot_attention`; `name` is "auto", a backend's, or "recompute".
 
-    decodes = own = True
+    The last is "auto" with states="recompute": the backward computes the states before every chunk again.
+    """
+
+    own = True
 
     def __init__(self, name: str):
         self.name = name
+        self.decodes = name != RECOMPUTE  # which concerns backwards alone
+        self._asked = "auto" if name == RECOMPUTE else name
 
     def reason_against(self, shape: Shape, device: torch.device) -> str | None:
         reasons = dict(explain(_problem(shape, device)))
-        return None if self.name == "auto" else reasons[self.name]
+        return None if self._asked == "auto" else reasons[self._asked]
 
     def backend(self, shape: Shape, device: torch.device) -> str | None:
-        if self.name != "auto":
-            return self.name
+        if self._asked != "auto":
+            return self._asked
         return next(name for name, reason in explain(_problem(shape, device)) if reason is None)
 
     def inputs(self, shape: Shape, device: torch.device) -> Tensors:
@@ -90,7 +102,13 @@ class Ours(Implementation):
 
     def with_state(self, x: Tensors, shape: Shape, final: bool = False) -> tuple[Tensor, Any]:
         """(o, final state)."""
-        return gated_slot_attention(**x, cu_seqlens=boundaries(shape), output_final_state=final, backend=self.name)
+        return gated_slot_attention(
+            **x,
+            cu_seqlens=boundaries(shape),
+            output_final_state=final,
+            states="recompute" if self.name == RECOMPUTE else "keep",
+            backend=self._asked,
+        )
 
     def definition(self, x: Tensors, shape: Shape) -> Tensor:
         return recurrence(x, shape)[0]
@@ -98,7 +116,7 @@ class Ours(Implementation):
     def step(self, x: Tensors, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         token = {name: tensor[:, 0] for name, tensor in x.items()}
         # In place, as generation does it; FLA always makes a new state.
-        return gated_slot_attention_step(**token, state=state, backend=self.name, in_place=True)
+        return gated_slot_attention_step(**token, state=state, backend=self._asked, in_place=True)
 
     def state(self, flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         hk, hv = super().state(flat, shape)
@@ -176,6 +194,9 @@ class Softmax(Implementation):
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=k.device).triu(1)
         return torch.einsum("bhts,bshv->bthv", scores.masked_fill(later, float("-inf")).softmax(-1), v)
 
+    def by_products(self, x: Tensors, shape: Shape) -> Tensor:
+        return self.definition(x, shape)
+
 
 @cache
 def implementation(name: str) -> Implementation:
@@ -188,8 +209,8 @@ def implementation(name: str) -> Implementation:
 
 
 def implementation_names() -> list[str]:
-    """All that can be measured somewhere: "auto", each backend of the operator, then the peers."""
-    return ["auto", *backend_names(), *SOFTMAX, "fla"]
+    """All that can be measured somewhere: "auto", "recompute", each backend of the operator, then the peers."""
+    return ["auto", RECOMPUTE, *backend_names(), *SOFTMAX, "fla"]
 
 
 def layer_inputs(shape: Shape, device: torch.device) -> Tensors:

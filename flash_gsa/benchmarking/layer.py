@@ -3,7 +3,8 @@
     y = W_o (RMSNorm(SiLU(o)) ∘ w)        o = GSA(SiLU(W_q x), SiLU(W_k x), SiLU(W_v x), logsigmoid(W_f x) / τ)
 
 The whole layer is timed as it is, with separate PyTorch operations around the operator, and as FLA has it; beside it
-its projections, which no layer can do without, and each of what surrounds the operator, as it is and separate.
+its projections, which no layer can do without, and each of what surrounds the operator, as it is and separate. ABC's
+gates, which take the place of GSA's, are not fused from PyTorch's operations and are timed as they are alone.
 """
 
 import time
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_gsa.layers import GatedSlotAttention
-from flash_gsa.ops import gated_slot_attention
+from flash_gsa.ops import abc_gates, gated_slot_attention
 from flash_gsa.ops.pointwise import log_gates, separate, silu_each, silu_norm
 from flash_gsa.ops.triton.available import runs_on
 
-from .gate import SMALL_BATCH, Errors, compare, in_precision
+from .gate import SMALL_BATCH, TIMES, TIMES_OTHERS, Errors, compare, in_precision
 from .implementations import Tensors, implementation, measured_dtype
 from .measurements import open_device, synchronize
+from .rounded import rounded_products
 from .shapes import Shape
 from .timing import Stopwatch, captured
 from .tuning import compiled_in_parallel
 
-SURROUNDINGS = ("silu", "gates", "norm")
+ABC = "abc_gates"
+SURROUNDINGS = ("silu", "gates", ABC, "norm")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "f_proj")
 TAU = 8.0
 EPS = 1e-5
@@ -51,10 +54,13 @@ def measured_of_layers(shapes: list[Shape], names: list[str]) -> Iterator[tuple[
     for shape in shapes:
         yield shape, "projections", "auto"
         yield from ((shape, "layer", name) for name in names)
-        # What surrounds the operator knows tokens, not sequences: it costs the same for one as for many.
+        # What surrounds the operator knows tokens, not sequences: it costs the same for one as for many. ABC's gates,
+        # sums over a sequence, are timed at the first of these shapes alone.
         first.setdefault((shape.name, shape.tokens), shape)
     for shape in first.values():
-        yield from ((shape, operation, name) for operation in SURROUNDINGS for name in names if name != "fla")
+        for operation in SURROUNDINGS:
+            ways = ("auto",) if operation == ABC else ("auto", "separate")
+            yield from ((shape, operation, name) for name in names if name in ways)
 
 
 def measure_layer(device: str, name: str, shape: Shape, operation: str, budget: float, repeats: int) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def measure_layer(device: str, name: str, shape: Shape, operation: str, budget: 
     judged = timed
     if operation not in SURROUNDINGS:
         judged = subject(operation, name, replace(shape, B=SMALL_BATCH, T=min(shape.T, JUDGED_LENGTH)), place)
-    errors = errors_of(judged)
+    errors = errors_of(judged, TIMES_OTHERS if name == "fla" else TIMES)
     record["errors"] = errors.found
     if errors.problem:
         return record | {"problem": f"wrong: {errors.problem}"}
@@ -114,8 +120,9 @@ def subject(operation: str, name: str, shape: Shape, device: torch.device) -> Su
     return replace(made, function=separate()(made.function)) if name == "separate" else made
 
 
-def errors_of(judged: Subject) -> Errors:
-    """Errors of its results and gradients; allowed is a multiple of what its equation loses in the inputs' format."""
+def errors_of(judged: Subject, times: float = TIMES) -> Errors:
+    """Errors of its results and gradients; allowed is `times` what its equation loses in the inputs' format, in which
+    the operator in it makes its products, too."""
     outgoing = outgoing_gradients(judged)
     dtype = next(iter(judged.inputs.values())).dtype
 
@@ -123,7 +130,10 @@ def errors_of(judged: Subject) -> Errors:
         inputs = {name: x.detach().requires_grad_() for name, x in in_precision(judged.inputs, dtype).items()}
         return results_and_gradients(replace(judged, inputs=inputs, function=lambda: judged.equation(inputs)), outgoing)
 
-    return compare(results_and_gradients(judged, outgoing), by_equation(torch.float64), by_equation(dtype))
+    exact = by_equation(torch.float64)
+    with rounded_products(dtype):
+        plain = by_equation(dtype)
+    return compare(results_and_gradients(judged, outgoing), exact, plain, times)
 
 
 def results_and_gradients(given: Subject, outgoing: Tensors) -> Tensors:
@@ -209,6 +219,14 @@ def _surrounding(operation: str, shape: Shape, device: torch.device) -> Subject:
     if operation == "gates":
         (f,) = _normal(shape, device, shape.H * shape.M)
         return Subject({"f": f}, lambda: {"g": log_gates(f, TAU)}, lambda t: {"g": _gates(t["f"])})
+    if operation == ABC:
+        (f,) = _normal(shape, device, shape.H * shape.M)
+        logits = f.detach().unflatten(-1, (shape.H, shape.M)).requires_grad_()
+
+        def gates() -> Tensors:
+            return dict(zip("gs", abc_gates(logits), strict=True))
+
+        return Subject({"f": logits}, gates, lambda t: _abc_gates(t["f"]))
     (o,) = _normal(shape, device, shape.HQ * shape.V)
     w = _made(shape, device).g_norm.weight
     return Subject({"o": o, "w": w}, lambda: {"y": silu_norm(o, w, EPS)}, lambda t: {"y": _norm(t["o"], t["w"])})
@@ -216,6 +234,17 @@ def _surrounding(operation: str, shape: Shape, device: torch.device) -> Subject:
 
 def _gates(f: Tensor) -> Tensor:
     return F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32))) / TAU
+
+
+def _abc_gates(f: Tensor) -> Tensors:
+    """g_t = log σ(z_{t-1} - f_t), s_t = σ(f_t - z_{t-1}), z the logarithm of the sum so far; g = 0, s = 1 at first."""
+    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    margin = f[:, 1:] - f.logcumsumexp(1)[:, :-1]
+    nothing = torch.zeros_like(f[:, :1])
+    return {
+        "g": torch.cat([nothing, F.logsigmoid(-margin)], 1),
+        "s": torch.cat([nothing + 1, torch.sigmoid(margin)], 1),
+    }
 
 
 def _norm(o: Tensor, w: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import gc
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .about import about
 from .gate import full_size_errors, gradient_of_o, small_errors, with_gradients
 from .implementations import Implementation, Tensors, implementation, implementation_names, measured_dtype
 from .shapes import Shape
-from .timing import Stopwatch
+from .timing import Stopwatch, captured
 from .tuning import compiled_in_parallel
 
 
@@ -75,13 +75,22 @@ def _product(stopwatch: Stopwatch, size: int) -> dict[str, Any]:
 
 
 def measure_shape(
-    device: str, name: str, shape: Shape, budget: float, repeats: int, full_gradients: bool, beside_auto: bool
+    device: str,
+    name: str,
+    shape: Shape,
+    budget: float,
+    repeats: int,
+    full_gradients: bool,
+    beside_auto: bool,
+    in_graph: bool = False,
 ) -> dict[str, Any]:
     """Values, then time and memory of the forward, and of forward and backward, of one implementation.
 
     Args:
-        full_gradients: check the gradients at the full size too, not only o.
+        full_gradients: check the gradients at the full size too, not only o and the final states.
         beside_auto: "auto" is measured as well, so that its backend need not be measured by name.
+        in_graph: on a GPU also the times of both in a CUDA graph, as `in_graph` of the record: what the device takes
+            when it never waits for launches.
     """
     place, candidate = open_device(device), implementation(name)
     if reason := candidate.reason_against(shape, place):
@@ -117,6 +126,10 @@ def measure_shape(
         ("forward_backward", both, shape.both_bytes(item)),
     ):
         record[label] = asdict(stopwatch.cost(call)) | ({"least_bytes": least} if candidate.gated_slots else {})
+    if in_graph and place.type == "cuda":
+        calls = {"forward": forward, "forward_backward": both}
+        costs = {label: stopwatch.cost(captured(call, place)) for label, call in calls.items()}
+        record["in_graph"] = {label: asdict(replace(cost, peak_bytes=None)) for label, cost in costs.items()}
     return record
 
 

@@ -162,7 +162,9 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
         names = options.peers or tuple(dict.fromkeys(named))
         for shape in chosen:
             for name in _in_reach(names, shape, suite):
-                beside_auto = "auto" in names and name != "auto"
+                if not options.peers and shape.name not in suite.families.get(name, shape.name):
+                    continue
+                beside_auto = "auto" in names and name in here["backends"]
                 yield _task("shapes", measurements.measure_shape, device, name, shape, *how, True, beside_auto)
     if "layer" in parts:
         layers = [shape for shape in suite.layers if shape in chosen]
@@ -180,7 +182,8 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
     if "lengths" in parts:
         for shape in suite.sweep_shapes():
             for name in _in_reach(options.peers or suite.sweep_implementations, shape, suite):
-                yield _task("lengths", measurements.measure_shape, device, name, shape, *how, False, False)
+                in_graph = name == "auto" and shape.tokens <= suite.graph_tokens
+                yield _task("lengths", measurements.measure_shape, device, name, shape, *how, False, False, in_graph)
     if "cold_start" in parts:
         for name in ("auto", "fla") if options.cold_fla else ("auto",):
             yield _task("cold_start", measure_cold_start, device, name, suite.cold_start)

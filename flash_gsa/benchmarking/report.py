@@ -11,6 +11,7 @@ Record = dict[str, Any]
 NAMES = {
     "copy": "copy of the state",
     "auto": "flash-gsa",
+    "recompute": "flash-gsa, recompute",
     "separate": "flash-gsa, separate",
     "fla": "FLA",
     "sdpa-cudnn": "softmax, cuDNN",
@@ -22,6 +23,7 @@ OPERATIONS = {
     "layer": "the layer",
     "silu": "SiLU of q, k, v",
     "gates": "log gates",
+    "abc_gates": "ABC's gates",
     "norm": "SiLU and RMSNorm of o",
 }
 """What is measured of a layer, by the names in a result."""
@@ -60,7 +62,7 @@ def told(part: str, record: Record) -> str:
 
 def milliseconds(cost: Record) -> str:
     """Three digits."""
-    return _digits(1e3 * cost["seconds"])
+    return digits(1e3 * cost["seconds"])
 
 
 def peak(cost: Record) -> float | None:
@@ -70,7 +72,7 @@ def peak(cost: Record) -> float | None:
 
 def rate(cost: Record) -> str:
     """GB/s at which it moved what must be moved; where the copy was measured, also as a part of it: "1,530 (61%)"."""
-    moved = _digits(cost["least_bytes"] / cost["seconds"] / 1e9)
+    moved = digits(cost["least_bytes"] / cost["seconds"] / 1e9)
     return f"{moved} ({1 / cost['times_the_least']:.0%})" if "times_the_least" in cost else moved
 
 
@@ -128,7 +130,8 @@ def _layer_tables(records: list[Record]) -> list["Table"]:
     return [_table("The layer", columns, whole), _table("Around the operator", moving, around)]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """Three of them: "0.123", "12.3", "1,234"."""
     return f"{value:#.3g}" if value < 99.95 else f"{value:,.0f}"
 
 

@@ -65,12 +65,13 @@ class Suite:
     """One choice of sizes.
 
     `layers` are those of `shapes` at which the whole layer is timed, d = HQ·K = HQ·V wide.
-    `most_tokens` holds up to where an implementation is timed that would take too long beyond.
+    `most_tokens` holds up to where an implementation is timed that would take too long beyond, `families` the names of
+    shapes at which one is timed, unless it is asked for.
     `sweep` gives the sizes for time against length: at `lengths` with one sequence, and with as many as make
-    `tokens`. `decode` gives those of a decoding step, for `batches`, whose states are taken in turn from
-    `rotated_bytes`. `implementations` are what is measured unless named, where "backends" stands for every backend of
-    the operator but the reference; `layer_implementations` are the ways to run a layer; `sweep_implementations` those
-    timed against length. `budget` is in seconds.
+    `tokens`; our calls of up to `graph_tokens` are timed in a CUDA graph, too. `decode` gives those of a decoding step,
+    for `batches`, whose states are taken in turn from `rotated_bytes`. `implementations` are what is measured unless
+    named, where "backends" stands for every backend of the operator but the reference; `layer_implementations` are the
+    ways to run a layer; `sweep_implementations` those timed against length. `budget` is in seconds.
     """
 
     shapes: tuple[Shape, ...]
@@ -78,6 +79,7 @@ class Suite:
     sweep: Shape
     lengths: tuple[int, ...]
     tokens: int
+    graph_tokens: int
     decode: Shape
     batches: tuple[int, ...]
     rotated_bytes: int
@@ -89,6 +91,7 @@ class Suite:
     sweep_implementations: tuple[str, ...]
     decoding_implementations: tuple[str, ...]
     most_tokens: dict[str, int]
+    families: dict[str, tuple[str, ...]]
     budget: float
     repeats: int
 
@@ -124,17 +127,19 @@ SUITES = {
         sweep=_LAYER_1_3B,
         lengths=_doubling(512, 512 * 1024),
         tokens=65536,
+        graph_tokens=32768,
         decode=_LAYER_1_3B,
         batches=(1, 8, 64, 256),
         rotated_bytes=2**28,
         cold_start=_LAYER_1_3B,
         copy_bytes=2**31,
         product_size=8192,
-        implementations=("auto", "backends", "sdpa-cudnn", "sdpa-flash", "fla"),
+        implementations=("auto", "recompute", "backends", "sdpa-cudnn", "sdpa-flash", "fla"),
         layer_implementations=("auto", "separate", "fla"),
         sweep_implementations=("auto", "sdpa-cudnn", "fla"),
         decoding_implementations=("auto", "fla"),
         most_tokens={"reference": 2048},
+        families={"recompute": ("1.3B",)},
         budget=0.5,
         repeats=3,
     ),
@@ -149,6 +154,7 @@ SUITES = {
         sweep=_SMALL,
         lengths=_doubling(512, 8192),
         tokens=4096,
+        graph_tokens=0,
         decode=_SMALL,
         batches=(1, 8, 64),
         rotated_bytes=2**26,
@@ -160,6 +166,7 @@ SUITES = {
         sweep_implementations=("auto", "reference", "sdpa-flash"),
         decoding_implementations=("auto",),
         most_tokens={"reference": 2048},
+        families={},
         budget=0.6,
         repeats=3,
     ),
@@ -169,17 +176,19 @@ SUITES = {
         sweep=_TINY,
         lengths=(32, 64),
         tokens=64,
+        graph_tokens=64,
         decode=_TINY,
         batches=(1, 2),
         rotated_bytes=2**15,
         cold_start=_TINY,
         copy_bytes=2**20,
         product_size=128,
-        implementations=("auto", "sdpa-flash"),
+        implementations=("auto", "recompute", "sdpa-flash"),
         layer_implementations=("auto",),
         sweep_implementations=("auto",),
         decoding_implementations=("auto",),
         most_tokens={},
+        families={"recompute": ("tiny",)},
         budget=0.01,
         repeats=2,
     ),

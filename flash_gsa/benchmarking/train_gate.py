@@ -3,7 +3,8 @@
 A model of two blocks, with the heads and the width of the size that is timed, computes logits, the loss and the
 gradients of all parameters of a few short rows, on the device, in the precision and in the variant that are timed. The
 judge has the same weights and computes in float64 on the CPU, for GSA with this package's model whoever made the
-weights. Allowed is twice what the judge itself loses in the precision that is timed, and a few roundings: see `gate`.
+weights. Allowed is twice what the judge itself loses in the precision that is timed, and `ROUNDINGS` halves of a unit
+of it in the last place: its operator computes in float32, where a kernel has products of 16 bits.
 Of three draws of tokens the middle distance counts: the gradient of a gate is a small difference of large numbers, and
 in 16 bits its distance varies by a third from draw to draw.
 """
@@ -21,6 +22,7 @@ from .train_steps import Job, autocast, built, first_step, in_format, weight_for
 
 LAYERS, INTERMEDIATE, VOCABULARY = 2, 256, 512
 ROWS, LENGTH, DRAWS = 2, 130, 3
+ROUNDINGS = 12
 EPS = 1e-5
 """The only ε that FLA's output norm computes with, whatever it is told."""
 
@@ -56,7 +58,7 @@ def errors_of(job: Job, device: torch.device) -> Errors:
         found = _results(who, model, tokens.to(device), job.precision, who.gradients_judged, **who.small_loss)
         wanted = _results(judge, exact, tokens, "fp64", who.gradients_judged)
         usual = _results(judge, plain, tokens, job.precision, who.gradients_judged)
-        draws.append(compare({name: x.cpu() for name, x in found.items()}, wanted, usual).found)
+        draws.append(compare({name: x.cpu() for name, x in found.items()}, wanted, usual, units=ROUNDINGS).found)
     return Errors({name: sorted(draw[name] for draw in draws)[DRAWS // 2] for name in draws[0]})
 
 

@@ -42,7 +42,7 @@ def op(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="What to measure: auto, a backend's name, sdpa-cudnn, sdpa-flash, fla.",
+            help="What to measure: auto, recompute, a backend's name, sdpa-cudnn, sdpa-flash, fla.",
             metavar="NAME,…",
             show_default="all that run here",
         ),

@@ -12,7 +12,7 @@ from flash_gsa import GatedSlotAttention
 from flash_gsa.benchmarking import implementations, layer
 from flash_gsa.benchmarking.shapes import Shape
 from flash_gsa.layers import linears
-from flash_gsa.ops import pointwise
+from flash_gsa.ops import gates, pointwise
 from flash_gsa.ops.pointwise import silu_norm
 
 SHAPE = Shape("layer", B=2, T=90, HQ=4, H=2, K=8, V=8, M=6)
@@ -22,6 +22,7 @@ RESULTS = {
     "projections": {"q", "k", "v", "f", "y", "dx", "do", *(f"d{n}_proj.weight" for n in "qkvfo")},
     "silu": {"q_out", "k_out", "v_out", "dq", "dk", "dv"},
     "gates": {"g", "df"},
+    "abc_gates": {"g", "s", "df"},
     "norm": {"y", "do", "dw"},
 }
 
@@ -72,15 +73,25 @@ def test_no_times_for_wrong_kernels(operation, wrong, dtype, monkeypatch):
         silu_norm=lambda o, w, eps: wrong(F.rms_norm(F.silu(o), w.shape, w, eps)),
     )
     monkeypatch.setattr(pointwise, "kernels", kernels)
+    monkeypatch.setattr(gates, "kernels", SimpleNamespace(abc_gates=wrong_abc_gates(wrong)))
     # The map after the norm needs more of the kernels than what is wrong here.
     monkeypatch.setattr(linears, "silu_norm_linear", lambda o, w, eps, map: F.linear(silu_norm(o, w, eps), map))
-    for module in (pointwise, layer):
+    for module in (pointwise, gates, layer):
         monkeypatch.setattr(module, "runs_on", lambda x: x.dtype != torch.float64)
     record = layer.measure_layer("cpu", "auto", SHAPE, operation, 0.01, 2)
     assert record["problem"].startswith("wrong: ")
     assert record["errors"]
     assert not {"forward", "forward_backward"} & record.keys()
-    assert "forward" in layer.measure_layer("cpu", "separate", SHAPE, operation, 0.01, 2)
+    if operation != layer.ABC:
+        assert "forward" in layer.measure_layer("cpu", "separate", SHAPE, operation, 0.01, 2)
+
+
+def wrong_abc_gates(wrong):
+    def wrong_gates(logits, initial, cu_seqlens):
+        g, s = gates._gates(logits.float(), gates._running(logits.float(), initial, cu_seqlens)[0])
+        return g, wrong(s), None
+
+    return wrong_gates
 
 
 def test_where_nothing_is_fused_separate_is_not_measured_again(monkeypatch):
@@ -92,7 +103,8 @@ def test_where_nothing_is_fused_separate_is_not_measured_again(monkeypatch):
 def test_the_bytes_are_those_of_the_tensors():
     tokens = 2 * 90
     q, k, v, o, f, w = (4 * n for n in (tokens * 32, tokens * 16, tokens * 16, tokens * 32, tokens * 12, 32))
-    for operation, read, written in (("silu", q + k + v, q + k + v), ("gates", f, f), ("norm", o + w, o)):
+    around = (("silu", q + k + v, q + k + v), ("gates", f, f), ("abc_gates", f, 2 * f), ("norm", o + w, o))
+    for operation, read, written in around:
         forward, both = layer.least_bytes(layer.subject(operation, "auto", SHAPE, CPU))
         assert forward == read + written, operation
         # The backward reads both inputs and gradients of results, and writes those of inputs.

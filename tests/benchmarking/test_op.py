@@ -24,7 +24,8 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     result = benchmark(Options(), say=lines.append, worker=worker)
     assert result["suite"] == "gpu"
     asked = [name for _, name, _ in worker.asked]
-    assert set(asked) == {"auto", "triton", "chunk", "sdpa-cudnn", "sdpa-flash", "fla", "copy", "separate"}
+    ours = {"auto", "recompute", "triton", "chunk", "separate"}
+    assert set(asked) == ours | {"sdpa-cudnn", "sdpa-flash", "fla", "copy"}
     first = asked.index("fla")
     assert set(asked[first:]) == {"fla"}
     # Of FLA, all at one family of shapes before it tunes itself for the next.
@@ -33,8 +34,8 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert len(lines) == len(worker.asked) + 2
     assert lines[0].startswith(f"[1/{len(lines)}] ceilings: 1e+03 GB/s")
     for part, expected in (
-        ("shapes", 5 * 6),
-        ("layer", 3 * 4 + 2 * 6),
+        ("shapes", 5 * 6 + 3),
+        ("layer", 3 * 4 + 2 * 7),
         ("decoding", 4 * 3),
         ("lengths", 18 * 3),
         ("cold_start", 1),
@@ -42,10 +43,13 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
         assert len(result[part]) == expected, part
     sweep = {(r["shape"]["B"], r["shape"]["T"]) for r in result["lengths"]}
     assert sweep == {(s.B, s.T) for s in SUITES["gpu"].sweep_shapes()}
+    in_graph = {(r["implementation"], r["shape"]["B"] * r["shape"]["T"]) for r in result["lengths"] if "in_graph" in r}
+    assert in_graph == {("auto", tokens) for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 
 
 def test_layers_of_chosen_shapes_by_chosen_peers():
     around = [(o, n, "1.3B-8x2048") for o in ("silu", "gates", "norm") for n in ("auto", "separate")]
+    around.append(("abc_gates", "auto", "1.3B-8x2048"))
     for peers, ways in (((), ("auto", "separate", "fla")), (("auto",), ("auto", "separate")), (("fla",), ("fla",))):
         worker = MadeUpWorker()
         result = benchmark(Options(only=("layer",), shapes=("1.3B",), peers=peers), say=print, worker=worker)
@@ -58,6 +62,16 @@ def test_layers_of_chosen_shapes_by_chosen_peers():
         assert sorted(worker.operations) == sorted(whole + (around if "auto" in ways else []))
         kept = [(r["operation"], r["implementation"], r["shape"]["label"]) for r in result["layer"]]
         assert kept == worker.operations
+
+
+def test_states_are_computed_again_where_that_is_told_of_and_where_it_is_asked_for():
+    result = benchmark(Options(only=("shapes",)), say=print, worker=MadeUpWorker())
+    told = [r["shape"]["label"] for r in result["shapes"] if r["implementation"] == "recompute"]
+    assert told == ["1.3B-8x2048", "1.3B-1x16384", "1.3B-1x65536"]
+    for shape in ("7B", "1.3B-8x2048"):
+        worker = MadeUpWorker()
+        benchmark(Options(only=("shapes",), shapes=(shape,), peers=("auto", "recompute")), say=print, worker=worker)
+        assert [name for _, name, _ in worker.asked] == ["auto", "recompute"]
 
 
 def test_times_stand_beside_the_least_the_bytes_need():

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import render
-from benchmarks.operator_table import operator, summary
+from benchmarks.operator_table import lengths, operator, summary
 from tests.benchmarking.made_up import made_up_result
 
 
@@ -67,6 +67,51 @@ def test_layers_beside_their_projections_and_what_surrounds_the_operator(monkeyp
     assert "| 100 |" in text
     text = operator(made_up_result(monkeypatch, only=("layer",), peers=("fla",)))
     assert rows(text)[0] == ["ms", "", "projections", "FLA", "MiB, FLA"]
+
+
+def test_states_computed_again_have_a_table_of_their_own(monkeypatch):
+    text = operator(made_up_result(monkeypatch, only=("ceilings", "shapes")))
+    heading, first, *_ = rows(text[text.index("| forward + backward, ms |") :])
+    assert heading == [
+        *("forward + backward, ms", "flash-gsa", "flash-gsa, recompute"),
+        *("MiB, flash-gsa", "MiB, flash-gsa, recompute", "MiB, FLA"),
+    ]
+    assert first == ["1.3B-8x2048", "0.492", "0.614", "4", "3", "4"]
+    assert "recompute" not in rows(text)[0]
+    assert "recompute" not in operator(made_up_result(monkeypatch, peers=("auto", "fla")))
+
+
+def test_time_a_token_against_the_length(monkeypatch):
+    result = made_up_result(monkeypatch, only=("lengths",), peers=("auto",))
+    text = lengths(result)
+    found = {row[0]: row[1:] for row in rows(text)}
+    assert found["ns a token, sequences of"] == [
+        *("forward: one", "one, in a graph", "65,536 tokens"),
+        *("+ backward: one", "one, in a graph", "65,536 tokens"),
+    ]
+    # 10 ns a token, and of a short sequence 20 µs of the host.
+    assert found["2,048"] == ["19.8", "10.0", "10.0", "59.3", "30.0", "30.0"]
+    assert found["65,536"] == ["10.0", "", "10.0", "30.0", "", "30.0"]
+    assert found["524,288"] == ["10.0", "", "", "30.0", "", ""]
+    assert "one sequence (10% and more above its graph): forward up to 16,384 tokens, + backward up to 16,384" in text
+    assert found["all of these"] == ["0.0 %", "0.0 %"]
+    for record in result["lengths"]:
+        cut = record["shape"]["T"] == 4096 and record["shape"]["B"] == 16
+        long = record["shape"]["T"] == 262144
+        record["forward"]["seconds"] *= 1.2 if cut or record["shape"]["T"] < 2048 else 0.8 if long else 1
+    found = {row[0]: row[1:] for row in rows(lengths(result))}
+    assert found["65,536 tokens, cut into sequences"] == ["20.0 %", "0.0 %"]
+    assert found["one sequence of 65,536 or more"] == ["25.0 %", "0.0 %"]
+    assert found["all of these"] == ["50.0 %", "0.0 %"]
+
+
+def test_lengths_without_graphs(monkeypatch):
+    result = made_up_result(monkeypatch, only=("lengths",), peers=("auto",))
+    for record in result["lengths"]:
+        record.pop("in_graph", None)
+    text = lengths(result)
+    assert rows(text)[0][1:] == ["forward: one", "65,536 tokens", "+ backward: one", "65,536 tokens"]
+    assert "graph" not in text
 
 
 def test_parts_that_were_not_measured_are_left_out(monkeypatch):

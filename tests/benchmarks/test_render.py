@@ -21,6 +21,14 @@ def test_result_files_say_where_they_come_from(path):
         assert about[key], key
 
 
+@pytest.mark.parametrize("name", render.FILES)
+def test_blocks_that_share_a_file(name, tmp_path, monkeypatch):
+    assert render.RENDERERS.keys() >= {name, render.FILES[name]}
+    assert render.block(name) != render.block(render.FILES[name])
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert render.block(name) == "Not measured yet."
+
+
 def test_decoding_says_which_times_are_not_of_what_is_launched():
     about = {"command": "a sweep", "date": "2026-11-25", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
     time = {
