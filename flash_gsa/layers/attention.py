@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..ops.opaque import TAGS, gradients_of
 from .linears import projections
 from .rotary import count_tokens, rotate, rotation
 
@@ -83,7 +84,11 @@ class SoftmaxAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: MutableMapping[int, dict[str, Any]] | None = None,
     ) -> Tensor:
-        """Mix over time: x [B, T, d] → [B, T, d]; arguments as for `GatedSlotAttention.forward`."""
+        """Mix over time: x [B, T, d] → [B, T, d]; arguments as for `GatedSlotAttention.forward`.
+
+        Raises:
+            UsageError: a cache with packed sequences.
+        """
         B, T, _ = x.shape
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections(x, self.q_proj, self.k_proj, self.v_proj))
 
@@ -98,7 +103,7 @@ class SoftmaxAttention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
 
         if cu_seqlens is not None:
-            o = self._packed(q, k, v, cu_seqlens)
+            o = attend_packed(q, k, v, cu_seqlens, self.window_size)
         else:
             real = attention_mask.bool() if attention_mask is not None else None
             if past is not None:
@@ -112,7 +117,7 @@ class SoftmaxAttention(nn.Module):
                         ],
                         dim=1,
                     )
-            o = self._attend(q, k, v, real)
+            o = attend(q, k, v, real, self.window_size)
             if cache is not None:
                 keep = (
                     slice(None) if self.window_size is None else slice(max(0, k.shape[1] - self.window_size + 1), None)
@@ -125,47 +130,104 @@ class SoftmaxAttention(nn.Module):
                 }
         return self.o_proj(o.flatten(-2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-        """q [B, T, HQ, D] against k, v [B, L, H, D], the last T of L being q's own; real [B, L] or None."""
-        T, L = q.shape[1], k.shape[1]
-        mask = None
-        # All L keys may be seen by every query only if T = 1; then no mask is needed.
-        windowed = self.window_size is not None and self.window_size < L
-        if real is not None or windowed or (T not in (1, L)):
-            row = torch.arange(L - T, L, device=q.device)[:, None]
-            column = torch.arange(L, device=q.device)[None]
-            mask = column <= row
-            if self.window_size is not None:
-                mask = mask & (column > row - self.window_size)
-            if real is not None:
-                mask = mask[None, None] & real[:, None, None]
-                # A padded query sees itself, so that its row of the softmax is not empty.
-                mask = mask | (column == row)
-        causal = mask is None
-        if T == 1:  # a branch, because torch.compile's symbolic T > 1 is no bool
-            causal = False
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
-        return o.transpose(1, 2)
 
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed sequences as batches padded on the right, which causal rows never look at."""
-        lengths = cu_seqlens.to("cpu").diff().tolist()
-        q, k, v = (x[0].split(lengths) for x in (q, k, v))
-        alike: dict[int, list[int]] = {}
-        for n, length in enumerate(lengths):
-            if length:
-                # One batch for all lengths in (2^{i-1}, 2^i]: one long sequence does not stretch a hundred short ones.
-                alike.setdefault((length - 1).bit_length(), []).append(n)
-        o = list(q)  # right for empty sequences, replaced for all others
-        for batch in alike.values():
-            rows = [nn.utils.rnn.pad_sequence([x[n] for n in batch], batch_first=True) for x in (q, k, v)]
-            for n, y in zip(batch, self._attend(rows[0], rows[1], rows[2], None), strict=True):
-                o[n] = y[: lengths[n]]
-        return torch.cat(o)[None]
+def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, window: int | None) -> Tensor:
+    """Causal softmax attention of the last T of L tokens.
+
+    Args:
+        q: [B, T, HQ, D] against k, v [B, L, H, D], whose last T tokens are q's own.
+        real: [B, L] True for a token, False for padding; None: all are tokens.
+        window: W, or None.
+
+    Returns:
+        o [B, T, HQ, D].
+    """
+    T, L = q.shape[1], k.shape[1]
+    mask = None
+    # All L keys may be seen by every query only if T = 1; then no mask is needed.
+    windowed = window is not None and window < L
+    if real is not None or windowed or (T not in (1, L)):
+        row = torch.arange(L - T, L, device=q.device)[:, None]
+        column = torch.arange(L, device=q.device)[None]
+        mask = column <= row
+        if window is not None:
+            mask = mask & (column > row - window)
+        if real is not None:
+            mask = mask[None, None] & real[:, None, None]
+            # A padded query sees itself, so that its row of the softmax is not empty.
+            mask = mask | (column == row)
+    causal = mask is None
+    if T == 1:  # a branch, because torch.compile's symbolic T > 1 is no bool
+        causal = False
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    """`attend` for packed sequences [1, T, …] with boundaries cu_seqlens [S+1].
+
+    The lengths are read on the host. torch.compile, which cannot know them, sees one operator, whose backward computes
+    the forward again.
+    """
+    return (_packed_op if torch.compiler.is_compiling() else _by_length)(q, k, v, cu_seqlens, window)
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    """Packed sequences as batches padded on the right, which causal rows never look at."""
+    lengths = cu_seqlens.to("cpu").diff().tolist()
+    q, k, v = (x[0].split(lengths) for x in (q, k, v))
+    alike: dict[int, list[int]] = {}
+    for n, length in enumerate(lengths):
+        if length:
+            # One batch for all lengths in (2^{i-1}, 2^i]: one long sequence does not stretch a hundred short ones.
+            alike.setdefault((length - 1).bit_length(), []).append(n)
+    o = list(q)  # right for empty sequences, replaced for all others
+    for batch in alike.values():
+        rows = [nn.utils.rnn.pad_sequence([x[n] for n in batch], batch_first=True) for x in (q, k, v)]
+        for n, y in zip(batch, attend(rows[0], rows[1], rows[2], None, window), strict=True):
+            o[n] = y[: lengths[n]]
+    return torch.cat(o)[None]
+
+
+@torch.library.custom_op("flash_gsa::packed_attention", mutates_args=(), tags=TAGS)
+def _packed_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    return _by_length(q, k, v, cu_seqlens, window)
+
+
+@_packed_op.register_fake
+def _(q, k, v, cu_seqlens, window):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("flash_gsa::packed_attention_backward", mutates_args=(), tags=TAGS)
+def _packed_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    def run(q, k, v):
+        return (_by_length(q, k, v, cu_seqlens, window),)
+
+    return gradients_of(run, q, [k, v], [do])
+
+
+@_packed_backward_op.register_fake
+def _(q, k, v, cu_seqlens, window, do):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, do):
+    return *_packed_backward_op(*ctx.saved_tensors, ctx.window, do), None, None
+
+
+_packed_op.register_autograd(_backward, setup_context=_save)

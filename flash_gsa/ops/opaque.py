@@ -53,11 +53,14 @@ def _own(results: Iterable[Tensor]) -> tuple:
     return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in results)
 
 
-def _gradients(run, q: Tensor, others: list[Tensor | None], outgoing: list[Tensor | None]) -> tuple:
+def gradients_of(run, q: Tensor, others: list[Tensor | None], outgoing: list[Tensor | None]) -> tuple:
     """Gradients of `run(q, *others)`; an empty tensor for an absent input."""
     # An operator runs below autograd; here autograd is needed once more, in the backward too, where a backend may have
-    # checkpoints. PyTorch has no public way to say so.
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    # checkpoints; and ADInplaceOrView, without which what is written into a view is lost to autograd. PyTorch has no
+    # public way to say so.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
     above = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
     # The forward ran without autocast, so its repetition does.
     exactly = torch.autocast(q.device.type, enabled=False)
@@ -129,7 +132,7 @@ def _sequence_backward(
     def run(q, k, v, g, s, hk0, hv0):
         return _run(name, q, k, v, g, s, hk0, hv0, cu_seqlens, scale)
 
-    return _gradients(run, q, [k, v, g, s, hk0, hv0], [do, dhk, dhv])
+    return gradients_of(run, q, [k, v, g, s, hk0, hv0], [do, dhk, dhv])
 
 
 @_sequence_backward.register_fake
@@ -188,7 +191,7 @@ def _linear_backward(
     def run(q, k, v, g, h0):
         return _run_linear(name, q, k, v, g, h0, cu_seqlens, scale)
 
-    return _gradients(run, q, [k, v, g, h0], [do, dh])
+    return gradients_of(run, q, [k, v, g, h0], [do, dh])
 
 
 @_linear_backward.register_fake

@@ -1,6 +1,7 @@
 """Whole models under torch.compile: one graph forward and backward, for all lengths, with what eager mode gives."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -24,9 +25,9 @@ def graphs() -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
-def compiled(function, fullgraph: bool = True):
+def compiled(function):
     """`function` traced forward and backward, each operation run as PyTorch has it."""
-    return torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 def step(forward, model: GSAForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def with_dynamic_lengths(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ("padded", {"token_mixer": "hgrn2", "num_hidden_layers": 2}),
         ("packed", {"token_mixer": "retnet"}),
         ("batch", {"token_mixer": "attention"}),
+        ("packed", {"num_hidden_layers": 2, "attn": {"layers": [1], "window_size": 9, "num_kv_heads": 1}}),
     ],
     ids=str,
 )
@@ -95,11 +97,9 @@ def test_one_graph_serves_all_lengths(tiny, graphs, settings, layout):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("settings", [{"gating": "abc"}, {"token_mixer": "attention"}], ids=str)
-def test_packed_sequences_where_the_graph_depends_on_the_lengths(tiny, settings):
-    model, inputs = tiny(**ONE_LAYER | settings).train(), packed(30)
-    forward = compiled(model, fullgraph=settings != {"token_mixer": "attention"})
-    assert_same(step(forward, model, inputs), step(model, model, inputs))
+def test_packed_sequences_where_the_graph_depends_on_the_lengths(tiny):
+    model, inputs = tiny(**ONE_LAYER, gating="abc").train(), packed(30)
+    assert_same(step(compiled(model), model, inputs), step(model, model, inputs))
 
 
 def test_lengths_that_nobody_marked_take_two_graphs(tiny, graphs):
@@ -154,21 +154,80 @@ def test_decoding(tiny):
     assert caches[0].get_seq_length() == 33
 
 
+ON_A_GPU = {"hidden_size": 128, "num_heads": 2, "num_slots": 32, "intermediate_size": 256, "initializer_range": 0.1}
+RECURRENT = [{}, {"gating": "abc"}, {"token_mixer": "gla", "expand_k": 1.0}, {"token_mixer": "hgrn2"}]
+RECURRENT += [{"token_mixer": "retnet", "expand_v": 1.0}]
+SOFTMAX = [{"token_mixer": "attention"}, {"attn": {"layers": [1]}}]
+LENGTHS = ((300, 3), (150, 2), (421, 5))  # tokens; sequences, where they are packed
+
+
+def on_a_gpu(tiny, **settings) -> GSAForCausalLM:
+    """Skips the test where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return tiny(**ON_A_GPU | settings).train().cuda()
+
+
+def gpu_inputs(layout: str, T: int, sequences: int = 3, boundaries: str = "cuda") -> dict[str, Tensor]:
+    """Of packed sequences the boundaries lie on the device `boundaries`."""
+    inputs = packed(T, sequences) if layout == "packed" else batch(T, padded=layout == "padded")
+    return {name: x.to(boundaries if name == "cu_seqlens" else "cuda") for name, x in inputs.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("settings", RECURRENT + SOFTMAX, ids=str)
+def test_one_graph_serves_all_lengths_on_a_gpu(tiny, graphs, settings, layout):
+    """Triton's operators and, beside them, plain operations where eager mode has fused kernels."""
+    model = on_a_gpu(tiny, **settings)
+    forward = compiled(model)
+    for T, sequences in LENGTHS:
+        # Softmax attention reads the boundaries on the host.
+        inputs = gpu_inputs(layout, T, sequences, boundaries="cpu" if settings in SOFTMAX else "cuda")
+        wanted = step(model, model, inputs)
+        assert_same(step(forward, model, with_dynamic_lengths(inputs)), wanted, units=256)
+    assert graphs() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["packed", "batch"])
+def test_lengths_that_nobody_marked_take_two_graphs_on_a_gpu(tiny, graphs, layout):
+    model = on_a_gpu(tiny)
+    forward = compiled(model)
+    for T, sequences in LENGTHS:
+        step(forward, model, gpu_inputs(layout, T, sequences))
+    assert graphs() <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("settings", RECURRENT, ids=str)
+def test_checkpointed_blocks_on_a_gpu(tiny, settings, mode):
+    """The same bits as without checkpoints. (Softmax attention's backward sums in no fixed order.)"""
+    model, inputs = on_a_gpu(tiny, **settings).bfloat16(), gpu_inputs("packed", 300)
+    wrap = compiled if mode == "compiled" else lambda function: function
+    wanted = step(wrap(model), model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch._dynamo.reset()
+    found = step(wrap(model), model, inputs)
+    for name, want in wanted.items():
+        assert torch.equal(found[name], want), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("layout", "settings"), [("packed", {"gating": "abc"}), ("batch", {}), ("batch", {"token_mixer": "gla"})], ids=str
 )
-def test_inductor_in_bfloat16(tiny, layout, settings):
-    """As near to the same model in float32 as eager mode is."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    sizes = {"hidden_size": 128, "num_heads": 2, "num_slots": 32, "intermediate_size": 256, "initializer_range": 0.1}
-    model = tiny(**sizes | settings).train().cuda()
-    inputs = {name: x.cuda() for name, x in (packed(300) if layout == "packed" else batch(150)).items()}
-    exact = step(model, model, inputs)
-    model.bfloat16()
-    usual = step(model, model, inputs)
-    found = step(torch.compile(model, fullgraph=True), model, inputs)
-    for name, want in exact.items():
-        error, allowed = (found[name] - want).norm(), 2 * (usual[name] - want).norm()
-        assert error <= allowed + 2**-8 * want.norm(), name
+def test_inductor_in_bfloat16(tiny, graphs, layout, settings):
+    """One graph for all lengths, as near to the same model in float32 as eager mode is."""
+    wide = on_a_gpu(tiny, **settings)
+    model = deepcopy(wide).bfloat16()
+    forward = torch.compile(model, fullgraph=True)
+    for T, sequences in LENGTHS:
+        inputs = gpu_inputs(layout, T, sequences)
+        exact, usual = step(wide, wide, inputs), step(model, model, inputs)
+        found = step(forward, model, with_dynamic_lengths(inputs))
+        for name, want in exact.items():
+            error, allowed = (found[name] - want).norm(), 2 * (usual[name] - want).norm()
+            assert error <= allowed + 2**-8 * want.norm(), name
+    assert graphs() == 1

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from flash_gsa import gated_linear_attention, gated_slot_attention
+from flash_gsa.layers import attention
 from flash_gsa.ops import opaque
 
 from . import test_linear as linear
@@ -205,11 +206,12 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def opaque_calls(case: Case) -> list[tuple[Any, tuple]]:
-    """Operators of opaque.py and arguments for them."""
+    """Operators that hold plain PyTorch, and arguments for them."""
     x, y, cu = make(replace(case, strength=True)), linear.make(case), case.cu_seqlens
     all_of_them, few = list(x.values()), [*list(x.values())[:4], None, None, None]
     o, hk, hv = slots(**x, cu_seqlens=cu)
     matrices, state = [y[name] for name in "qkvg"], y["state"]
+    rows, bounds = [torch.randn(1, 20, heads, 4) for heads in (4, 2, 2)], torch.tensor([0, 5, 5, 20])
     return [
         (opaque._sequence, ("chunk", *map(leaf, all_of_them), cu, 0.7)),
         (opaque._sequence, ("chunk", *map(leaf, few[:4]), None, None, None, cu, 0.7)),
@@ -218,14 +220,18 @@ def opaque_calls(case: Case) -> list[tuple[Any, tuple]]:
         (opaque._linear, ("chunk", *map(leaf, matrices), leaf(state), cu, 0.7)),
         (opaque._linear_backward, ("chunk", *matrices, state, cu, 0.7, o, state)),
         (opaque._linear_backward, ("chunk", *matrices, None, cu, 0.7, o, None)),
+        (attention._packed_op, (*map(leaf, rows), bounds, None)),
+        (attention._packed_op, (*map(leaf, rows), bounds, 3)),
+        (attention._packed_backward_op, (*rows, bounds, 3, torch.randn_like(rows[0]))),
     ]
 
 
-def triton_calls(case: Case) -> list[tuple[Any, tuple]]:
+def triton_calls(case: Case, device: str = "cpu") -> list[tuple[Any, tuple]]:
     """Operators of the Triton backend and arguments for them."""
     from flash_gsa.ops.triton import abc, library, step
 
-    x, y, cu = make(replace(case, strength=True)), linear.make(case), case.cu_seqlens
+    x, y = (linear.to(z, device) for z in (make(replace(case, strength=True)), linear.make(case)))
+    cu = case.cu_seqlens if case.cu_seqlens is None else case.cu_seqlens.to(device)
     x["hk"] = x["hk"].transpose(2, 3).contiguous()
     all_of_them, few = list(x.values()), [*list(x.values())[:4], None, None, None]
     o, hk, hv, *shared = library.attention_op(*all_of_them, cu, 0.7, True, True, False)
@@ -234,7 +240,7 @@ def triton_calls(case: Case) -> list[tuple[Any, tuple]]:
     matrices, state = [y[name] for name in "qkvg"], y["state"]
     _, _, *of_matrices = library.linear_attention_op(*matrices, state, cu, 0.7, True)
     token = [tensor[:, 0] for tensor in all_of_them[:5]]
-    normalizer = torch.randn(case.sequences, case.H, case.M)
+    normalizer = torch.randn(case.sequences, case.H, case.M, device=device)
     g, s, z = abc.abc_op(x["g"], normalizer, cu)
     return [
         (library.attention_op, (*map(leaf, all_of_them), cu, 0.7, True, True, False)),
@@ -266,7 +272,7 @@ def test_operators_are_what_they_are_registered_as(case):
         seen = INTERPRETED and (operator._qualname in checked or case.lengths is not None)
         torch.library.opcheck(operator, arguments, **({"test_utils": "test_faketensor"} if seen else {}))
         checked.add(operator._qualname)
-    others = {name for name in operators() if name.startswith("flash_gsa::any_")}
+    others = {name for name in operators() if name.startswith(("flash_gsa::any_", "flash_gsa::packed_attention"))}
     assert checked == (operators() - others if INTERPRETED else others)
 
 
@@ -276,6 +282,15 @@ if not INTERPRETED:
     def test_triton_in_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
         run_in_interpreter(__file__)
+
+    @pytest.mark.gpu
+    def test_operators_on_a_gpu_are_what_they_are_registered_as():
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        # With the heads of `test_gpu_numerics.WIDE`, whose kernels are there already.
+        case = Case(T=40, B=1, HQ=4, H=2, K=80, V=136, M=33, scale=0.7)
+        for operator, arguments in triton_calls(case, "cuda"):
+            torch.library.opcheck(operator, arguments)
 
     @pytest.mark.timeout(600)
     def test_inductor():
