@@ -157,35 +157,59 @@ def o_alone(o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o, o.new_zeros(0), o.new_zeros(0)
 
 
-def verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units: int = 8, final: bool = True) -> None:
-    """Every result and gradient is finite and at most `times` as far from `truth` as `plain` is, in the Euclidean norm.
+def verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8, final: bool = True) -> None:
+    """Every result and gradient is finite and at most twice as far from `truth` as `plain` is, in the Euclidean norm.
 
     `plain` may hit a few numbers by luck. So nothing has to be nearer than
 
     - what comes in the inputs' dtype, and gradients: half a unit of that dtype in the last place of its own norm, and
-      for n numbers 2/√n times as much again;
-    - dq, dhk and dg also that of what they are the differences of (the backward of the softmax and of the cumulated
-      gates subtracts sums), which is of the size of v ∘ dv;
-    - everything: `units` of float32 in the last place of both norms.
+      for n rows 2/√n times as much again, rows being what one rounded weight multiplies (`_rows`): two norms of a few
+      roundings are rarely alike;
+    - dq, dhk and dg also that of what the backward of the softmax subtracts, which is of the size of v ∘ dv;
+    - dg also that of the sums over tokens that it is the difference of, Σ_{t≥i} dℓ_t ∘ ℓ_t + p_t ∘ dp_t and
+      Σ_{t≥i} s_t ∘ ds_t: `plain` adds up what is left of them pair by pair, which nothing that takes chunks can do;
+    - everything: `units` of float32 in the last place of these norms.
 
     The final states have no floor in the inputs' dtype: they are float32, and are not to be rounded on their way.
+
+    With one slot p is exactly 1, and `plain` rounds nothing but s_j e^{E_tj}; whatever takes chunks rounds both factors
+    of that and their product: √3 times as much is expected there.
     """
-    exact = truth(x, case, final)
+    times = 2 * 3**0.5 if case.M == 1 else 2
+    exact, written = truth_and_sums(x, case, final)
     moved = (exact["dv"] * x["v"].double()).norm()
-    compare(result, exact, plain(x, case, final), x["q"].dtype, moved, ("dq", "dhk", "dg"), times, units)
+    differences = {"dq": moved, "dhk": moved, "dg": moved + written}
+    compare(result, exact, plain(x, case, final), x["q"].dtype, moved, differences, times, units)
 
 
-def linear_verdict(result: Tensors, x: Tensors, case: Case, *, times: float = 2, units: int = 8) -> None:
+def linear_verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8) -> None:
     """The same of gated linear attention. dg alone is a difference of sums there, Σ_{t≥i} q_t ∘ dq_t and the same of
-    k ∘ dk: `plain` adds up what is left of them pair by pair, which nothing that takes chunks can do."""
+    k ∘ dk."""
     exact, usual = (linear_results(x, case, dtype) for dtype in (torch.float64, x["q"].dtype))
-    parts = (exact["dk"] * x["k"].double()).split(list(case.lengths or [case.T]), 1)
-    moved = torch.cat([part.flip(1).cumsum(1) for part in parts], 1).norm()
-    compare(result, exact, usual, x["q"].dtype, moved, ("dg",), times, units)
+    moved = _from_each_token(exact["dk"] * x["k"].double(), case).norm()
+    compare(result, exact, usual, x["q"].dtype, moved, {"dg": moved}, 2, units)
+
+
+def truth_and_sums(x: Tensors, case: Case, final: bool) -> tuple[Tensors, Tensor]:
+    """`truth`, and the norm of Σ_{t≥i} s_t ∘ ds_t of all tokens i."""
+    s = x["s"].double() if "s" in x else -torch.expm1(x["g"].double())
+    exact = truth(x | {"s": s}, case, final)
+    written = _from_each_token(exact["ds"] * s, case).norm()
+    if "s" not in x:  # s = 1 - e^g
+        exact["dg"] = exact["dg"] - x["g"].double().exp() * exact.pop("ds")
+    return exact, written
+
+
+def _from_each_token(y: Tensor, case: Case) -> Tensor:
+    """Σ_{t≥i} y_t within each sequence, of y [B, T, …]."""
+    parts = y.split(list(case.lengths or [case.T]), 1)
+    return torch.cat([part.flip(1).cumsum(1) for part in parts], 1)
 
 
 def compare(result, exact, usual, dtype, moved, differences, times, units) -> None:
-    """`verdict`, given truth and plain; `moved` is the size of what `differences` are the differences of."""
+    """`verdict`, given truth and plain; `moved` is the size of what gradients are sums of, `differences` maps the names
+    of those that lose more of it to the size of what they are the differences of."""
+    differences = dict(differences)
     assert result.keys() == exact.keys()
     half = torch.finfo(dtype).eps / 2
     wrong = []
@@ -197,14 +221,22 @@ def compare(result, exact, usual, dtype, moved, differences, times, units) -> No
             wrong.append(f"{name} is not finite")
             continue
         size = want.norm()
-        floor = units * EPS * (size + (moved if name.startswith("d") else 0.0)) + TINY * want.numel() ** 0.5
+        sums = differences.get(name, moved) if name.startswith("d") else 0.0
+        floor = units * EPS * (size + sums) + TINY * want.numel() ** 0.5
         if name not in ("hk", "hv", "final"):
-            luck = 1 + 2 / max(1, want.numel()) ** 0.5
-            floor = max(floor, luck * half * (size + (moved if name in differences else 0.0)))
+            luck = 1 + 2 / max(1, _rows(name, want)) ** 0.5
+            floor = max(floor, luck * half * (size + differences.get(name, 0.0)))
         error, allowed = (y.double() - want).norm(), max(times * (usual[name].double() - want).norm(), floor)
         if error > allowed:
             wrong.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {size:.2e}")
     assert not wrong, "; ".join(wrong)
+
+
+def _rows(name: str, y: Tensor) -> int:
+    """Of how many rows a result consists, each of numbers that one weight multiplies: of K or V numbers in o, states
+    and gradients of vectors and states, else of one."""
+    widths = {"dhk": 2} | dict.fromkeys(("o", "dq", "dk", "dv", "dhv", "dstate"), -1)
+    return y.numel() // y.shape[widths[name]] if name in widths else y.numel()
 
 
 def distance(x: Tensor, y: Tensor) -> float:

@@ -272,8 +272,9 @@ def test_operators_are_what_they_are_registered_as(case):
         seen = INTERPRETED and (operator._qualname in checked or case.lengths is not None)
         torch.library.opcheck(operator, arguments, **({"test_utils": "test_faketensor"} if seen else {}))
         checked.add(operator._qualname)
-    others = {name for name in operators() if name.startswith(("flash_gsa::any_", "flash_gsa::packed_attention"))}
-    assert checked == (operators() - others if INTERPRETED else others)
+    known = {name for name in operators() if not name.startswith("flash_gsa::swiglu_linear")}  # has tests of its own
+    others = {name for name in known if name.startswith(("flash_gsa::any_", "flash_gsa::packed_attention"))}
+    assert checked == (known - others if INTERPRETED else others)
 
 
 if not INTERPRETED:

@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_gsa import gated_slot_attention
+from flash_gsa import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+    gated_slot_attention,
+    gated_slot_attention_step,
+)
 from flash_gsa.errors import UsageError
 from flash_gsa.ops import Problem, explain
 
@@ -44,7 +49,8 @@ def big(case: Case, dtype: torch.dtype) -> Tensors:
     gates = torch.randn(B, T, H, case.M, device=CUDA)
     x["g"] = F.logsigmoid(gates).div_(8)
     if case.state:
-        x["hk"] = torch.randn(case.sequences, H, case.K, case.M, device=CUDA)
+        # By slots, as a final state is: in the other order the kernels would take a copy.
+        x["hk"] = torch.randn(case.sequences, H, case.M, case.K, device=CUDA).transpose(2, 3)
         x["hv"] = torch.randn(case.sequences, H, case.M, case.V, device=CUDA)
     return x
 
@@ -94,10 +100,25 @@ def last_of_a_batch(backend: str, case: Case) -> None:
     assert_same({name: y[-1:] for name, y in found.items()}, alone)
 
 
+def outputs_of_the_last(case: Case) -> None:
+    """The forward of a packed call."""
+    x = big(case, torch.bfloat16)
+    last = slice(case.T - case.lengths[-1], None)
+    one = {name: y[:, last].clone() for name, y in x.items()}
+    with torch.no_grad():
+        o, *final = call("triton", x, case)
+        alone, *of_it = call("triton", one, replace(case, lengths=None, B=1, T=case.lengths[-1]))
+    names = "o", "hk", "hv"
+    assert_same(
+        dict(zip(names, (o[:, last], *(y[-1:] for y in final)), strict=True)),
+        dict(zip(names, (alone, *of_it), strict=True)),
+    )
+
+
 @gpu
 def test_tensors_of_more_elements_than_32_bits_count():
     # Of triton alone: `chunk` leaves its offsets to PyTorch, and its float32 copies of these would not fit.
-    # One test for both layouts, so that they are never in memory at the same time.
+    # One test for all of them, so that they are never in memory at the same time.
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if torch.cuda.mem_get_info()[0] < 45 << 30:
@@ -114,6 +135,15 @@ def test_tensors_of_more_elements_than_32_bits_count():
     # Of v and o.
     T = 1024
     last_of_a_batch("triton", Case(B=first // T + 1, T=T, HQ=H, H=H, K=16, V=wide, M=16, state=False))
+    torch.cuda.empty_cache()
+    # Of the initial and final states, their gradients, and the chunks' states. In GB: 9 for each of the initial state,
+    # the final, the (zero) gradient of the final and that of the initial; 4 and 4 for chunks' states and gradients.
+    last_of_a_batch("triton", Case(B=FIRST_BEYOND // (H * wide * M) + 1, T=3, HQ=H, H=H, K=wide, V=16, M=M))
+    torch.cuda.empty_cache()
+    # Of gates and what is prepared of them; the forward alone. In GB: 9 for gates, 9 for their sums, 4 for each of two
+    # factors in 16 bits, 2 for levels, 2 for chunks' states; a backward would take 39 more.
+    most = 256
+    outputs_of_the_last(Case(lengths=(FIRST_BEYOND // (H * most), 300), HQ=H, H=H, K=16, V=16, M=most, state=False))
 
 
 SMALL = Case(HQ=2, H=1, K=16, V=16, M=16)
@@ -165,28 +195,56 @@ def test_one_sequence_of_a_million_tokens(gpu_backend, dtype):
     assert all(y.isfinite().all() for y in found.values())
 
 
+SIZES = {"K": 64, "V": 64, "M": 32, "dtype": torch.float16, "device": "cuda"}
+UNABLE = [
+    ("float64", {"dtype": torch.float64}, "float64"),
+    ("wide values", {"V": 600}, "V = 600"),
+    ("CPU", {"device": "cpu"}, "cpu"),
+]
+UNABLE_SLOTS = [*UNABLE, ("wide keys", {"K": 600}, "K = 600"), ("many slots", {"M": 300}, "M = 300")]
+UNABLE_MATRIX = [*UNABLE, ("wide keys", {"K": 300}, "keys wider than 256 in gated linear attention .K = 300.")]
+
+
+def state_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor, linear: bool):
+    """Zeros, in the format that states have."""
+    like = {"dtype": torch.float64 if q.dtype == torch.float64 else torch.float32, "device": q.device}
+    heads = *k.shape[:1], k.shape[-2]
+    if linear:
+        return torch.zeros(*heads, k.shape[-1], v.shape[-1], **like)
+    return tuple(torch.zeros(*heads, *d, **like) for d in ((k.shape[-1], g.shape[-1]), (g.shape[-1], v.shape[-1])))
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["sequence", "step"])
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("linear", "change", "words"),
     [
-        pytest.param({"dtype": torch.float64}, "float64", marks=gpu),
-        pytest.param({"K": 600}, "K = 600", marks=gpu),
-        pytest.param({"V": 600}, "V = 600", marks=gpu),
-        pytest.param({"M": 300}, "M = 300", marks=gpu),
-        ({"device": "cpu"}, "cpu"),
+        pytest.param(linear, change, words, id=f"{operator}, {name}", marks=() if "device" in change else gpu)
+        for operator, linear, unable in (("slots", False, UNABLE_SLOTS), ("linear", True, UNABLE_MATRIX))
+        for name, change, words in unable
     ],
-    ids=["float64", "K", "V", "M", "cpu"],
 )
-def test_triton_refuses_what_it_cannot_run_and_names_what_can(change, words):
-    sizes = {"K": 64, "V": 64, "M": 32, "dtype": torch.float16, "device": "cuda"} | change
+def test_triton_refuses_what_it_cannot_run_and_names_what_can(linear, change, words, step):
+    sizes = SIZES | change
     if sizes["device"] == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reasons = dict(explain(Problem(B=1, T=8, HQ=2, H=1, **sizes)))
-    if sizes["device"] == "cpu" and reasons["triton"] is None:
-        pytest.skip("triton runs on the CPU here: TRITON_INTERPRET=1")
     K, V, M = (sizes[name] for name in "KVM")
-    like = {"dtype": sizes["dtype"], "device": sizes["device"]}
-    q, k, v, g = (torch.zeros(1, 8, n, d, **like) for n, d in ((2, K), (1, K), (1, V), (1, M)))
+    M = K if linear else M
+    place = {name: sizes[name] for name in ("dtype", "device")}
+    problem = Problem(B=1, T=1 if step else 8, HQ=2, H=1, K=K, V=V, M=M, linear=linear, **place)
+    if sizes["device"] == "cpu" and dict(explain(problem))["triton"] is None:
+        pytest.skip("triton runs on the CPU here: TRITON_INTERPRET=1")
+    x = [torch.zeros(1, 8, n, d, **place) for n, d in ((2, K), (1, K), (1, V), (1, M))]
+    options = {}
+    if step:
+        x = [y[:, 0] for y in x]
+        options["state"] = state_of(*x, linear)
+    operator = {
+        (False, False): gated_slot_attention,
+        (False, True): gated_slot_attention_step,
+        (True, False): gated_linear_attention,
+        (True, True): gated_linear_attention_step,
+    }[linear, step]
     with pytest.raises(UsageError, match=rf"'triton' cannot run this: .*{words}.* These can: .*chunk"):
-        gated_slot_attention(q, k, v, g, backend="triton")
-    o, _ = gated_slot_attention(q, k, v, g)
-    assert o.shape == (1, 8, 2, V)
+        operator(*x, **options, backend="triton")
+    o, _ = operator(*x, **options)
+    assert o.shape == (*x[0].shape[:-1], V)

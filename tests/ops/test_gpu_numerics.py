@@ -73,6 +73,9 @@ ACCURACY = [
     *((slots(M), FP32) for M in (1, 100, 256)),
     *((narrow(T), dtype) for dtype in (BF16, FP32) for T in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129)),
     (Case(T=1000, B=1, HQ=4, H=2, K=64, V=64, M=32), BF16),
+    # Corners of what the kernels take: heads and slots at their limits, and one kind of head without the other.
+    *((Case(T=200, B=1, HQ=2, H=1, K=512, V=512, M=256), dtype) for dtype in DTYPES),
+    *((Case(T=200, B=1, HQ=1, H=1, K=K, V=V, M=256), BF16) for K, V in ((512, 16), (16, 512))),
 ]
 
 
@@ -95,8 +98,7 @@ def test_triton_runs_plain_bfloat16_and_is_the_first_choice():
 @pytest.mark.parametrize(("case", "dtype"), ACCURACY, ids=name_of)
 def test_as_near_to_float64_as_plain_pytorch(gpu_backend, case, dtype):
     x = inputs(case, dtype)
-    # Where there is one slot its weight p is exactly 1, which `plain` has no need to round.
-    verdict(run(gpu_backend, x, case), x, case, times=3 if case.M == 1 else 2)
+    verdict(run(gpu_backend, x, case), x, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -184,9 +186,7 @@ def test_strong_gates(gpu_backend, kind, dtype):
     x = inputs(WIDE, dtype)
     x["g"] = strong(kind, x["g"].cpu()).to(CUDA)
     # A sum of gates near -60, rounded to float32, moves its exponential by 60 half units; a product takes two of them.
-    # Of float16 with gates of any strength dg was seen 2.14 times as far as `plain`.
-    times = 2.5 if dtype == torch.float16 and kind == "anything" else 2
-    verdict(run(gpu_backend, x, WIDE), x, WIDE, times=times, units=8 + 60)
+    verdict(run(gpu_backend, x, WIDE), x, WIDE, units=8 + 60)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -448,8 +448,7 @@ def judge_random(gpu_backend: str, case: Case, dtype: torch.dtype, data) -> None
     if case.T:
         place = data.draw(st.integers(0, case.T - 1))
         x["g"][:, place : place + data.draw(st.integers(1, 40))] *= data.draw(st.sampled_from([0.0, 1.0, 8.0, 800.0]))
-    # A few tokens and slots are few numbers: `plain` is nearer by luck more often.
-    verdict(run(gpu_backend, x, case), x, case, times=3, units=8 + 60)
+    verdict(run(gpu_backend, x, case), x, case, units=8 + 60)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -464,6 +463,12 @@ def test_any_length_packing_and_gates(gpu_backend, dtype):
     judged()
 
 
+def sizes_up_to(most: int) -> st.SearchStrategy[int]:
+    """Half of them at the edges of tiles of 16, 64, 128, 256, and at the limit; the others anywhere."""
+    edges = [n for n in (1, 16, 17, 63, 64, 65, 128, 129, 255, 256, 257, 511, 512) if n <= most]
+    return st.one_of(st.sampled_from(edges), st.integers(1, most))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_any_sizes(gpu_backend, dtype):
     skip_unless_able(gpu_backend, inputs(WIDE, dtype), WIDE)
@@ -471,8 +476,8 @@ def test_any_sizes(gpu_backend, dtype):
     @settings(max_examples=4, deadline=None, derandomize=True, database=None)
     @given(data=st.data())
     def judged(data):
-        H, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-        K, V, M = (data.draw(st.integers(1, most)) for most in (300, 300, 150))
+        H, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
+        K, V, M = (data.draw(sizes_up_to(most)) for most in (512, 512, 256))
         judge_random(gpu_backend, random_case(data, HQ=H * group, H=H, K=K, V=V, M=M), dtype, data)
 
     judged()

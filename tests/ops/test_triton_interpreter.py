@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flash_gsa import gated_linear_attention
 
@@ -459,3 +461,15 @@ else:
     def test_gated_linear_attention_in_16_bit_formats(case, dtype):
         x = rounded(linear.make(case), dtype)
         judge.linear_verdict(linear.run("triton", x, case), x, case)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16], ids=str)
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_gated_linear_attention_of_any_sizes(dtype):
+        @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+        @given(data=st.data())
+        def judged(data):
+            case, x = linear.any_problem(data, 40, st.integers(1, 40), st.integers(1, 70), most=2)
+            x = rounded(x, dtype)
+            judge.linear_verdict(linear.run("triton", x, case), x, case, units=STRONG)
+
+        judged()

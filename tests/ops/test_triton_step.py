@@ -175,6 +175,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     MANY = 12  # sequences, enough for `step_slots` even of one head each
     MODEL_1B = {"HQ": 4, "H": 4, "K": 512, "V": 512, "M": 64}
     MODEL_7B = {"HQ": 32, "H": 8, "K": 128, "V": 128, "M": 64}
+    LARGEST = {"HQ": 2, "H": 1, "K": 512, "V": 512, "M": 256}  # heads and slots at their limits
 
     @pytest.fixture
     def cuda() -> torch.device:
@@ -199,6 +200,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             (MODEL_7B | {"HQ": 64}, torch.float32),
             (MODEL_1B | {"B": 1}, torch.float32),
             (MODEL_1B | {"B": 80}, torch.bfloat16),
+            (LARGEST, torch.float32),
+            (LARGEST | {"B": 1}, torch.float32),
+            ({"B": 1024, "K": 64, "V": 64, "M": 32}, torch.bfloat16),
         ],
         ids=str,
     )
@@ -227,11 +231,37 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         check(token, state)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("B", [1, 8, 200])
-    def test_bfloat16_states_on_a_gpu(cuda, B):
+    @pytest.mark.parametrize(
+        "sizes", [*(MODEL_7B | {"B": B} for B in (1, 8, 200)), LARGEST | {"B": 1}, LARGEST | {"B": MANY}], ids=str
+    )
+    def test_bfloat16_states_on_a_gpu(cuda, sizes):
         for order in ORDERS:
-            token, state = make(**MODEL_7B, B=B, order=order, dtype=torch.bfloat16, device=cuda)
+            token, state = make(**sizes, order=order, dtype=torch.bfloat16, device=cuda)
             check(token, tuple(x.bfloat16() for x in state))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_states_of_more_elements_than_32_bits_count(cuda, order):
+        """Both of them, in bfloat16 and in place: 9 GB. The first and the last sequence are compared."""
+        if torch.cuda.mem_get_info()[0] < 11 << 30:
+            pytest.skip("needs 11 GiB of free GPU memory")
+        H, K, V, M = (MODEL_1B[name] for name in ("H", "K", "V", "M"))
+        B = 2**31 // (H * K * M) + 1
+
+        def normal(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device=cuda).normal_()
+
+        hk = normal(B, H, K, M) if order == "KM" else normal(B, H, M, K).transpose(2, 3)
+        state = hk, normal(B, H, M, V)
+        assert all(x[:-1].numel() >= 2**31 for x in state)
+        g = F.logsigmoid(normal(B, H, M, dtype=torch.float32)) / 8
+        token = [normal(B, H, K), normal(B, H, K), normal(B, H, V), g, None]
+        ends = slice(0, 1), slice(B - 1, B)
+        kept = [tuple(x[end].clone() for x in state) for end in ends]
+        o, _ = triton_step(*token, state, 0.7, in_place=True)
+        for end, before in zip(ends, kept, strict=True):
+            mine = [None if x is None else x[end] for x in token]
+            judge((o[end], *(x[end] for x in state)), mine, before, 0.7)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("order", ORDERS)
