@@ -48,7 +48,7 @@ def test_a_quick_run_measures_every_part(measured):
             assert cost["times_the_least"] > 0
             assert cost["peak_bytes"] is None
     layers = {(r["operation"], r["implementation"]): r for r in result["layer"]}
-    assert layers.keys() == {(name, "auto") for name in ("projections", "layer", "silu", "gates", "norm")}
+    assert layers.keys() == {(name, "auto") for name in ("projections", "layer", "silu", "gates", "abc_gates", "norm")}
     assert layers["layer", "auto"]["backend"] == "chunk"
     assert 0 < layers["layer", "auto"]["errors"]["df_proj.weight"][0] < 1e-5
     assert layers["norm", "auto"]["forward"]["times_the_least"] > 0

@@ -462,10 +462,10 @@ else:
         x = rounded(linear.make(case), dtype)
         judge.linear_verdict(linear.run("triton", x, case), x, case)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
     @pytest.mark.usefixtures("as_on_a_gpu")
     def test_gated_linear_attention_of_any_sizes(dtype):
-        @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+        @settings(max_examples=2, deadline=None, derandomize=True, database=None)
         @given(data=st.data())
         def judged(data):
             case, x = linear.any_problem(data, 40, st.integers(1, 40), st.integers(1, 70), most=2)
