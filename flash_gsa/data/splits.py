@@ -56,6 +56,15 @@ def sample_documents(store: TokenStore, documents: np.ndarray | None, size: int,
     """Of `documents` (indices; None: all) the first by the same ranks that hold `size` UTF-8 bytes, in ascending order.
 
     All, if they hold fewer. A larger `size` keeps what a smaller one chose.
+
+    Args:
+        store: the documents.
+        documents: int64 indices to choose among, for instance the "train" of `split_documents` with the same `seed`.
+        size: bytes; the document with which they are reached is the last, with all that have its text.
+        seed: another one draws another sample.
+
+    Returns:
+        int64 indices; empty if `documents` is.
     """
     order, rank = _ranked(store, seed)
     if documents is not None:

@@ -420,6 +420,7 @@ else:
             Case(T=70, B=1, HQ=4, H=2, K=16, V=20, M=9, strength=True, scale=0.35),
             Case(lengths=(0, 17, 100, 3), HQ=1, H=1, K=16, V=16, M=16),
             Case(T=70, B=2, HQ=2, H=2, K=16, V=16, M=32),
+            Case(T=100, B=1, HQ=2, H=1, K=16, V=20, M=1),
         ],
         ids=str,
     )
