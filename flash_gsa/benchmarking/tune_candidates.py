@@ -60,13 +60,18 @@ class Workload:
         """Query heads of a key/value head."""
         return self.shape.HQ // self.shape.H
 
+    @property
+    def width(self) -> int:
+        """Numbers of its widest keys or values."""
+        return max(0 if self.linear else self.shape.K, self.shape.V)
+
     def row(self, architecture: Architecture) -> Row:
         """The row of the table that holds for it."""
-        return find_row(architecture, self.dtype, self.shape.M, self.group)
+        return find_row(architecture, self.dtype, self.shape.M, self.width, self.group)
 
     def tiles(self, tiles: Tiles) -> Tiles:
         """The same tiles, no wider than its heads."""
-        return tiles.cut(1 << (max(16, 0 if self.linear else self.shape.K, self.shape.V) - 1).bit_length())
+        return tiles.cut(1 << (max(16, self.width) - 1).bit_length())
 
 
 def _layer(name: str, **changes: Any) -> Shape:
@@ -76,6 +81,7 @@ def _layer(name: str, **changes: Any) -> Shape:
 _GLA: dict[str, Any] = {"K": 256, "M": 256}
 WORKLOADS = (
     Workload("1.3B", _layer("1.3B"), BF16),
+    Workload("1.3B-long", _layer("1.3B", B=1, T=16384), BF16),
     Workload("7B", _layer("7B"), BF16),
     Workload("340M", _layer("340M"), BF16),
     Workload("GLA-1.3B", _layer("1.3B", **_GLA), BF16, linear=True),
@@ -192,7 +198,7 @@ def row_text(architecture: Architecture, model: Row, tiles: Tiles, reason: str) 
     place = "HOPPER" if architecture == HOPPER else str(tuple(architecture))
     sizes = ", ".join(str(sizes_of(getattr(tiles, kernel))) for kernel in KERNELS)
     return (
-        f"    Row({place}, {precision}, {model.slots}, {heads},\n"
+        f"    Row({place}, {precision}, {model.slots}, {model.width or 'ANY'}, {heads},\n"
         f"        _tiles({tiles.C}, {tiles.BT}, {sizes}),\n"
         f'        "{reason}"),'
     )

@@ -149,7 +149,8 @@ def _results(x, case, dtype, leaves, final):
 def linear_results(x: Tensors, case: Case, dtype: torch.dtype) -> Tensors:
     """Results and gradients of gated linear attention: `truth` in float64, `plain` in the dtype of q, k, v."""
     leaves = {name: tensor.double() for name, tensor in x.items()} if dtype == torch.float64 else x
-    return linear.with_gradients(lambda z: unrolled_linear(z, case, dtype), leaves)
+    found = linear.with_gradients(lambda z: unrolled_linear(z, case, dtype), leaves)
+    return {name: y.to(x["q"].device) for name, y in found.items()}
 
 
 def o_alone(o: Tensor) -> tuple[Tensor, Tensor, Tensor]:

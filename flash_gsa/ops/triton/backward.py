@@ -24,6 +24,8 @@ from triton.language.extra import libdevice
 
 from .chunks import (
     blocks_that_last,
+    fast_exp,
+    load_end,
     load_levels,
     load_rows,
     load_sum,
@@ -35,6 +37,7 @@ from .chunks import (
     near_logits,
     near_logits_any,
     near_writes,
+    one_minus_exp,
     products,
     store_rows,
     sums_before_and_from,
@@ -77,18 +80,22 @@ def values_backward(
     found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
 
     g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
-    passed = tl.exp(load_sum(until, -1, place > 0, H, M, BM))
+    passed = fast_exp(load_sum(until, -1, place > 0, H, M, BM))
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    written = weak
+    if C > BT:
+        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
     # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
     # of whose sides the compiler would keep shared memory apart.
     if found > 0:
         _of_values(
-            q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            q, v + row * V, g, s, until, weak, written, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
             reached + gates, row_q, passed, found, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
         )  # fmt: skip
     if found == 0:
         _of_values(
-            q, v + row * V, g, s, until, shrunk, kept, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            q, v + row * V, g, s, until, weak, written, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
             reached + gates, row_q, passed, 0, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
@@ -96,38 +103,43 @@ def values_backward(
 
 @triton.jit
 def _of_values(
-    q, v, g, s, until, shrunk, kept, level, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, passed, levels, left,
-    before, scale,
+    q, v, g, s, until, weak, written, level, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, passed, levels,
+    left, before, scale,
     H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
     ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur."""
+    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur.
+
+    weak: s e^{-G} of the block, written: `kept` of the block before, tiles both.
+    """
     ot = tl.arange(0, BT)
-    grown = tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    grown = fast_exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
     total = tl.zeros([BT, BM], tl.float32)
     for r in range(R):
         at = (row + r) * M
+        # Before the loop over slices, although needed after it: there nothing would hide how long loads take.
+        weight = load_rows(q + at if LINEAR else p + at, left, 0, BT, H * R * M, M, BM)
+        if not LINEAR:
+            sums = tl.load(lse + row + r + ot * (H * R), mask=ot < left, other=0.0)
         scores, old = products(
-            do + (row + r) * V, v, hv, kept, passed, left, before, scale,
-            BT, C, H * R * V, H * V, V, BD, H, M, BM, DOT, PRECISION,
+            do + (row + r) * V, v, hv, written, passed, left, before, scale,
+            BT, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
         if ANY:
             dp = near_logits_any(
-                scores, old, grown, g, s, until, shrunk, level, levels, left,
+                scores, old, grown, weak, g, s, until, level, levels, left,
                 BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
             )  # fmt: skip
         else:
-            dp = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
+            dp = near_logits(scores, old, grown, weak, PRECISION)
+        weight = weight.to(tl.float32)
         if LINEAR:
-            weight = load_rows(q + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
             store_rows(dq + at, dp, left, 0, BT, H * R * M, M, BM)
         else:
-            weight = load_rows(p + at, left, 0, BT, H * R * M, M, BM).to(tl.float32)
             # p was rounded: divided by its sum, its mean of dp is exact for what all slots have in common.
             mean = tl.sum(weight * dp, axis=1) / tl.maximum(tl.sum(weight, axis=1), 1e-30)
             dlogits = weight * (dp - mean[:, None])
-            sums = tl.load(lse + row + r + ot * (H * R), mask=ot < left, other=0.0)
             # p of 0 has no logarithm, and no share in dlogits either.
             positive = tl.maximum(weight, SMALLEST)
             if INTERPRETED or PRECISION == "ieee":
@@ -199,48 +211,63 @@ def states_backward(
                 state = state * tl.exp(gates)[:, None]
                 state += tl.load(local + after * one + at_state, mask=inside, other=0.0)
 
-    steps = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
+    chunks = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
     all_gates = tl.zeros([BM], tl.float32)
+    sums = until + (start * H + h) * M
     if LOCAL:
-        sums = until + (start * H + h) * M
-        steps = blocks_that_last(sums, steps, (end - start).to(tl.int32), False, BT, H, M, BM)
+        blocks = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
+        lasting = blocks_that_last(sums, blocks, (end - start).to(tl.int32), False, BT, H, M, BM)
+        chunks = tl.cdiv(lasting, BLOCKS)
     else:
-        before = tl.load(states + ((chunk + (steps - 1) // BLOCKS) * H + h) * one + at_state, mask=inside, other=0.0)
-    for back in range(steps):
-        i = steps - 1 - back
-        token = start + i * BT
+        before = tl.load(
+            states + ((chunk + chunks - 1) * H + h) * one + at_state,
+            mask=inside & (od[None, :] < tl.where(chunks > 0, size, 0)),
+            other=0.0,
+        )
+    sums += (chunks - 1).to(tl.int64) * (C * H * M)
+    left = tl.where(chunks > 0, end - start - (chunks - 1) * C, 0)
+    next_total = load_end(sums, left, BT, H, M, BM)
+    next_total_1 = next_total
+    if BLOCKS > 1:
+        next_total_1 = load_end(sums + BT * H * M, left - BT, BT, H, M, BM)
+    for back in range(chunks):
+        i = chunks - 1 - back
+        token = start + i * C
         left = end - token
         if not LOCAL:
-            # Only at the last block of each chunk; by masks, since a branch would end the pipelining of loads.
-            turn = (i % BLOCKS == BLOCKS - 1) | (back == 0)
-            here = (chunk + i // BLOCKS) * H + h
-            tl.store(
-                out + here * one + at_state,
-                state.to(out.dtype.element_ty),
-                mask=inside & (od[None, :] < tl.where(turn, size, 0)),
-            )
+            here = (chunk + i) * H + h
+            tl.store(out + here * one + at_state, state.to(out.dtype.element_ty), mask=inside)
             product = tl.sum(state * before.to(tl.float32), axis=1)
-            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, product, mask=om < tl.where(turn, M, 0))
-            # The state before the next turn's chunk, loaded a turn ahead.
+            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, product, mask=slot)
+            # The state before the next turn's chunk: a turn ahead, like gates at the ends of its blocks.
             before = tl.load(
-                states + ((chunk + (i - 1) // BLOCKS) * H + h) * one + at_state,
-                mask=inside & (od[None, :] < tl.where((i > 0) & (i % BLOCKS == 0), size, 0)),
+                states + (here - H) * one + at_state,
+                mask=inside & (od[None, :] < tl.where(i > 0, size, 0)),
                 other=0.0,
             )
-        last = until + ((token + tl.minimum(left, BT) - 1) * H + h) * M
-        total = tl.load(last + om, mask=slot, other=0.0).to(tl.float32)
-        state = state * tl.exp(total)[:, None]
-        all_gates += total
-        for r in range(R):
-            row_q = token * (H * R) + h * R + r
-            weight = load_rows(y + row_q * M, left, 0, BT, H * R * M, M, BM)
-            values = tl.load(
-                x + row_q * size + ot[:, None] * (H * R * size) + od[None, :],
-                mask=(ot < left)[:, None] & (od[None, :] < size),
-                other=0.0,
-            )
-            addition = mm(tl.trans(weight.to(DOT)), values.to(DOT), PRECISION=PRECISION)
-            state += addition * factor
+        total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
+        sums -= C * H * M
+        next_left = tl.where(i > 0, left + C, 0)
+        next_total = load_end(sums, next_left, BT, H, M, BM)
+        if BLOCKS > 1:
+            next_total_1 = load_end(sums + BT * H * M, next_left - BT, BT, H, M, BM)
+        for turn in tl.static_range(BLOCKS):
+            if turn < BLOCKS - 1:
+                factors = total_1
+            else:
+                factors = total
+            state = state * tl.exp(factors)[:, None]
+            all_gates += factors
+            for r in range(R):
+                row_q = (token + (BLOCKS - 1 - turn) * BT) * (H * R) + h * R + r
+                weight = load_rows(y + row_q * M, left - (BLOCKS - 1 - turn) * BT, 0, BT, H * R * M, M, BM)
+                values = tl.load(
+                    x + row_q * size + ot[:, None] * (H * R * size) + od[None, :],
+                    mask=(ot < left - (BLOCKS - 1 - turn) * BT)[:, None] & (od[None, :] < size),
+                    other=0.0,
+                )
+                addition = mm(tl.trans(weight.to(DOT)), values.to(DOT), PRECISION=PRECISION)
+                state += addition * factor
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -296,6 +323,7 @@ def inputs_backward(
     y, x, dx, dh = y + row_q * D, x + row * D, dx + row * D, dh + state * D
     read, weights = read + row_q * M, weights + row_q * M
 
+    # Here and not where it is used: from outside of a condition it comes through shared memory, and leaves registers.
     writing = load_rows(kept, left, 0, BT, H * M, M, BM)
     if C > BT:
         gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
@@ -343,36 +371,47 @@ def gates_backward(
     g, s, until, written, carried = g + base, s + base, until + base, written + base, carried + base
     dg, ds = dg + base, ds + base if HAS_S else ds
 
-    passing = tl.zeros([BS], tl.float32)
-    for i in range(PARTS):
-        passing += tl.load(passed + ((chunk * H + h).to(tl.int64) * PARTS + i) * M + om, mask=om < M, other=0.0)
+    parts = tl.arange(0, triton.next_power_of_2(PARTS))
+    products = tl.load(
+        passed + ((chunk * H + h).to(tl.int64) * PARTS + parts[:, None]) * M + om[None, :],
+        mask=(parts < PARTS)[:, None] & (om < M)[None, :],
+        other=0.0,
+    )
     through = tl.zeros([BS], tl.float32)
     for i in tl.static_range(BLOCKS):
         last = tl.minimum(left, (i + 1) * BT) - 1
         there = om < tl.where(left > i * BT, M, 0)
         through += tl.load(until + last * (H * M) + om, mask=there, other=0.0).to(tl.float32)
-    passing *= tl.exp(through)
     earlier = tl.zeros([BS], tl.float32)  # of the block before, what it leaves in the state behind the chunk
     if BLOCKS > 1:
         write = load_write(g, s, left, d, BT, H, M, BS, HAS_S)
         behind = load_rows(carried, left, d, BT, H * M, M, BS).to(tl.float32)
         earlier = tl.sum(write * behind, axis=0)
+    passing = tl.sum(products, axis=0) * tl.exp(through)
 
     for i in range(BLOCKS):  # the last block first: what its tokens read is owed by those before, too
         at = (BLOCKS - 1 - i) * BT
         here = left - at
         row = at * (H * M)
-        write = load_write(g + row, s + row, here, d, BT, H, M, BS, HAS_S)
+        given = load_rows(g + row, here, d, BT, H * M, M, BS)
+        strength = given
+        if HAS_S:
+            strength = load_rows(s + row, here, d, BT, H * M, M, BS)
         behind = load_rows(carried + row, here, d, BT, H * M, M, BS).to(tl.float32)
         inside = load_rows(written + row, here, d, BT, H * M, M, BS)
-        onward = load_rows(dg + row, here, d, BT, H * M, M, BS) - write * inside
+        onward = load_rows(dg + row, here, d, BT, H * M, M, BS)
+        if HAS_S:
+            write = strength.to(tl.float32)
+        else:
+            write = one_minus_exp(given.to(tl.float32))
+        onward -= write * inside
         total = sums_before_and_from(write * behind, onward, BT, DOT) + (passing + earlier)[None, :]
         passing += tl.sum(onward, axis=0)
         earlier = tl.zeros([BS], tl.float32)
         if HAS_S:
             store_rows(ds + row, inside + behind, here, d, BT, H * M, M, BS)
         else:
-            total -= tl.exp(load_rows(g + row, here, d, BT, H * M, M, BS).to(tl.float32)) * (inside + behind)
+            total -= tl.exp(given.to(tl.float32)) * (inside + behind)
         store_rows(dg + row, total, here, d, BT, H * M, M, BS)
 
 
@@ -386,9 +425,21 @@ def _of_inputs(
 ):  # fmt: skip
     """What `inputs_backward` does once it knows the block; ANY: with levels above 0, which occur.
 
-    Otherwise what several query heads write is summed before gates meet it.
+    Otherwise what several query heads write is summed before gates meet it. Tiles of gates and weights are loaded
+    together before the first of them is used, and those needed again are kept: between uses there are barriers, which
+    no load passes, so that each would be waited for.
     """
     after = left - BT
+    keeping = load_rows(kept, left, 0, BT, H * M, M, BM)
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    ahead = weak
+    if QUERIES and C > BT:
+        ahead = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+    if R == 1:
+        reading = load_rows(read, left, 0, BT, H * M, M, BM)
+        reading_after = reading
+        if C > BT:
+            reading_after = load_rows(read + BT * H * M, after, 0, BT, H * M, M, BM)
     written = tl.zeros([BT, BM], tl.float32)
     behind = tl.zeros([BT, BM], tl.float32)
     carried = tl.zeros([BT, BM], tl.float32)
@@ -396,7 +447,7 @@ def _of_inputs(
     scores_after = tl.zeros([BT, BT], tl.float32)
     if R == 1:
         near, near_after, near_before, of_state = _weights(
-            read, weights, g, s, until, shrunk, kept, level, levels, left, before,
+            reading, reading_after, weights, keeping, weak, ahead, g, s, until, level, levels, left, before,
             H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
         )  # fmt: skip
     # Of a chunk's two blocks the first meets y of the second, the second, for dy, x of the first: one tile for both.
@@ -412,9 +463,13 @@ def _of_inputs(
         out = tl.zeros([BT, BD], tl.float32)
         for r in range(R):
             if R > 1:
+                reading = load_rows(read + r * M, left, 0, BT, H * R * M, M, BM)
+                reading_after = reading
+                if C > BT:
+                    reading_after = load_rows(read + r * M + BT * H * R * M, after, 0, BT, H * R * M, M, BM)
                 near, near_after, near_before, of_state = _weights(
-                    read + r * M, weights + r * M, g, s, until, shrunk, kept, level, levels, left, before,
-                    H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
+                    reading, reading_after, weights + r * M, keeping, weak, ahead, g, s, until, level, levels, left,
+                    before, H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
                 )  # fmt: skip
                 scores = tl.zeros([BT, BT], tl.float32)
                 scores_after = tl.zeros([BT, BT], tl.float32)
@@ -437,8 +492,8 @@ def _of_inputs(
                 out = mm(near_after, zd.to(DOT), out, PRECISION=PRECISION)
             if R > 1:
                 written, behind = _write(
-                    written, behind, scores * factor, scores_after * factor, read + r * M, weights + r * M, until,
-                    level, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
+                    written, behind, scores * factor, scores_after * factor, reading, reading_after, weights + r * M,
+                    until, level, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
             if QUERIES and R > 1:
                 hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
@@ -452,54 +507,64 @@ def _of_inputs(
         store_rows(dx, out, left, d, BT, H * D, D, BD)
     if R == 1:
         tl.debug_barrier()  # not before the loop's tiles are done with: all at once they would not fit the registers
+        if QUERIES:  # not kept here: two programs need the shared memory
+            reading = load_rows(read, left, 0, BT, H * M, M, BM)
+    sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
+    if not FIRST:
+        written_before = load_rows(written_sum, left, 0, BT, H * M, M, BM)
+        carried_before = load_rows(carried_sum, left, 0, BT, H * M, M, BM).to(tl.float32)
+    if R == 1:
         written, behind = _write(
-            written, behind, scores * factor, scores_after * factor, read, weights, until, level,
+            written, behind, scores * factor, scores_after * factor, reading, reading_after, weights, until, level,
             levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
         )  # fmt: skip
-    sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
-    if not ANY:
-        written *= tl.exp(-sums)
-    if C > BT:
-        rest = load_sum(until, BT - 1, after > 0, H, M, BM)[None, :] - sums
-        written += tl.exp(tl.minimum(rest, 0.0)) * behind
-    through = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    last = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    through = last
     if C > BT:
         through += load_sum(until, left - 1, after > 0, H, M, BM)
-    carried *= tl.exp(through[None, :] - sums)
+    if ANY:
+        if C > BT:
+            written += tl.exp(tl.minimum(last[None, :] - sums, 0.0)) * behind
+        carried *= tl.exp(through[None, :] - sums)
+    else:  # all sums are above -RANGE: one exponential for the three
+        inverse = fast_exp(-sums)
+        if C > BT:
+            written += behind * tl.exp(last)[None, :]
+        written *= inverse
+        carried *= inverse * tl.exp(through)[None, :]
     if not FIRST:
-        written += load_rows(written_sum, left, 0, BT, H * M, M, BM)
-        carried += load_rows(carried_sum, left, 0, BT, H * M, M, BM).to(tl.float32)
+        written += written_before
+        carried += carried_before
     store_rows(written_sum, written, left, 0, BT, H * M, M, BM)
     store_rows(carried_sum, carried, left, 0, BT, H * M, M, BM)
 
 
 @triton.jit
 def _weights(
-    read, weights, g, s, until, shrunk, kept, level, levels, left, before,
+    reading, reading_after, weights, keeping, weak, ahead, g, s, until, level, levels, left, before,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the block's tokens t read of its own j, [t, j]; what tokens t of the block after read of j, [j, t]; what the
-    block's tokens read of those of the block before, [t, j]; and of the state before the chunk, [t, BM]."""
-    reading = load_rows(read, left, 0, BT, H * R * M, M, BM)
+    block's tokens read of those of the block before, [t, j]; and of the state before the chunk, [t, BM].
+
+    reading, reading_after: `read` of the block and of that after; keeping, ahead: `kept` of it and of that before.
+    """
     of_state = reading.to(DOT)
     if levels > 0:
         weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         near = near_attention_any(
-            reading.to(DOT), weight, g, s, until, shrunk, level, levels, left,
+            reading.to(DOT), weight, weak, g, s, until, level, levels, left,
             BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
-        near = near_attention(reading.to(DOT), shrunk, left, BT, H, M, BM, DOT, PRECISION)
+        near = near_attention(reading.to(DOT), weak, BT, DOT, PRECISION)
     near_after = near
     near_before = near
     if C > BT:
-        keeping = load_rows(kept, left, 0, BT, H * M, M, BM).to(DOT)
-        behind = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
-        near_after = mm(keeping, tl.trans(behind), PRECISION=PRECISION).to(DOT)
+        near_after = mm(keeping.to(DOT), tl.trans(reading_after.to(DOT)), PRECISION=PRECISION).to(DOT)
         if QUERIES:
             gone = tl.exp(load_sum(until, -1, before > 0, H, M, BM))
-            ahead = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
             near_before = mm(reading.to(DOT), tl.trans(ahead), PRECISION=PRECISION).to(DOT)
             of_state = (reading.to(tl.float32) * gone[None, :]).to(reading.dtype).to(DOT)
     return near, near_after, near_before, of_state
@@ -507,7 +572,7 @@ def _weights(
 
 @triton.jit
 def _write(
-    written, behind, scores, scores_after, read, weights, until, level, levels, left,
+    written, behind, scores, scores_after, reading, reading_after, weights, until, level, levels, left,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     RANGE: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -515,15 +580,13 @@ def _write(
     latter without e^{G_B - G_j}; without e^{-G_j} also the former unless ANY."""
     ot = tl.arange(0, BT)
     turned = tl.trans(tl.where(ot[:, None] >= ot[None, :], scores, 0.0).to(DOT))
-    reading = load_rows(read, left, 0, BT, H * R * M, M, BM).to(DOT)
     if ANY:
         weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(DOT)
         written += near_writes(
-            turned, reading, weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
+            turned, reading.to(DOT), weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
         )  # fmt: skip
     else:
-        written = mm(turned, reading, written, PRECISION=PRECISION)
+        written = mm(turned, reading.to(DOT), written, PRECISION=PRECISION)
     if C > BT:
-        reading = load_rows(read + BT * H * R * M, left - BT, 0, BT, H * R * M, M, BM).to(DOT)
-        behind = mm(tl.trans(scores_after.to(DOT)), reading, behind, PRECISION=PRECISION)
+        behind = mm(tl.trans(scores_after.to(DOT)), reading_after.to(DOT), behind, PRECISION=PRECISION)
     return written, behind

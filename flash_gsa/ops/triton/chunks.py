@@ -20,6 +20,7 @@ GROUP_32 = tl.constexpr(32)
 GROUP_8 = tl.constexpr(8)
 # e^-104 is below the smallest float32: a stronger gate erases no more, and sums of gates keep their digits.
 FLOOR = tl.constexpr(-104.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -90,6 +91,13 @@ def time_order(i, T, sequences, C: tl.constexpr, PACKED: tl.constexpr, REVERSE: 
 
 
 @triton.jit
+def fast_exp(x):
+    """e^x of float32, 0 where it is below the smallest normal number. `tl.exp` keeps what lies below, which takes three
+    instructions more for each number."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def mm(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
     """a b, or acc + a b. Tensor cores cut float32 to the 19 bits of tf32; here it is rounded to them, half the error
     and without bias."""
@@ -132,18 +140,33 @@ def load_sum(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.cons
 
 
 @triton.jit
+def load_end(until, left, ROWS: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """G [BM] at the last of a block's up to ROWS tokens, of which there are `left`; 0 where there is none."""
+    om = tl.arange(0, BM)
+    last = until + (tl.minimum(left, ROWS) - 1) * (H * M)
+    return tl.load(last + om, mask=om < tl.where(left > 0, M, 0), other=0.0)
+
+
+@triton.jit
+def rolled(D: tl.constexpr, left):
+    """D, unknown to the compiler, which would unroll a loop of four turns to code that takes longer to fetch than to
+    run."""
+    return tl.minimum(D, left * D)
+
+
+@triton.jit
 def products(
     x, y, state, kept, passed, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of x, y [BT, D] and state [M, D]: factor · x yᵀ [BT, BT], 0 above the diagonal, in the products' format; and what
     x sees of all that was there before its block, factor · (passed ∘ x stateᵀ + x y₋ᵀ kept₋) [BT, BM] in float32,
-    where y₋ and kept₋ are of the block before, which has `before` tokens, 0 or BT."""
+    where y₋ and kept₋, the tile `kept`, are of the block before, which has `before` tokens, 0 or BT."""
     scores = tl.zeros([BT, BT], tl.float32)
     far = tl.zeros([BT, BT], tl.float32)
     old = tl.zeros([BT, BM], tl.float32)
-    for d in range(0, D, BD):
+    for d in range(0, rolled(D, left), BD):
         xd = load_rows(x, left, d, BT, X_STRIDE, D, BD)
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
@@ -156,8 +179,7 @@ def products(
     near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
     old *= factor * passed[None, :]
     if C > BT:
-        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-        old = mm((far * factor).to(DOT), written, old, PRECISION=PRECISION)
+        old = mm((far * factor).to(DOT), kept, old, PRECISION=PRECISION)
     return near, old
 
 
@@ -165,15 +187,14 @@ def products(
 def write_products(
     near, y, read, state, out, kept, passed, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = factor · (near y + (read kept₋ᵀ) y₋ + (passed ∘ read) state), for near [BT, BT], y [BT, D],
     read [BT, BM] in float32, state [M, D]; y₋ and kept₋ as in `products`."""
     if C > BT:
-        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-        far = mm(read.to(DOT), tl.trans(written), PRECISION=PRECISION).to(DOT)
+        far = mm(read.to(DOT), tl.trans(kept), PRECISION=PRECISION).to(DOT)
     reading = (read * passed[None, :]).to(DOT)
-    for d in range(0, D, BD):
+    for d in range(0, rolled(D, left), BD):
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
         total = mm(reading, hd.to(DOT), PRECISION=PRECISION)
@@ -222,18 +243,16 @@ def _factors(
 
 @triton.jit
 def near_logits(
-    scores, old, grown, shrunk, left,
-    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    scores, old, grown, weak, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """e^{G_t} ∘ old_t + Σ_{j≤t} scores_tj s_j e^{G_t - G_j} [BT, BM] in float32 of a block where all is at level 0;
-    grown = e^G, scores are 0 for j > t."""
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    grown = e^G, weak = s e^{-G}, scores are 0 for j > t."""
     return grown * mm(scores, weak, old, PRECISION=PRECISION)
 
 
 @triton.jit
 def near_logits_any(
-    scores, old, grown, g, s, until, shrunk, level, levels, left,
+    scores, old, grown, weak, g, s, until, level, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +260,7 @@ def near_logits_any(
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     need = load_rows(level, left, 0, BT, H * M, M, BM)
     write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
-    total = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
+    total = near_logits(scores, old, grown, weak, PRECISION)
     total = tl.where(need == 0, total, grown * old)
     for i in tl.range(references(levels, BT), num_stages=1):
         grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
@@ -251,12 +270,10 @@ def near_logits_any(
 
 @triton.jit
 def near_attention(
-    read, shrunk, left, BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    read, weak, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_m weights_tm s_jm e^{G_tm - G_jm} for j ≤ t, [BT (t), BT (j)] in the products' format, of a block where all is
-    at level 0; read = weights ∘ e^G [BT, BM]."""
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    at level 0; read = weights ∘ e^G, weak = s e^{-G} [BT, BM]."""
     oc = tl.arange(0, BT)
     total = mm(read, tl.trans(weak), PRECISION=PRECISION)
     return tl.where(oc[:, None] >= oc[None, :], total, 0.0).to(DOT)
@@ -264,12 +281,11 @@ def near_attention(
 
 @triton.jit
 def near_attention_any(
-    read, weights, g, s, until, shrunk, level, levels, left,
+    read, weights, weak, g, s, until, level, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`near_attention` of a block with any levels."""
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     need = load_rows(level, left, 0, BT, H * M, M, BM)
     write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .chunks import (
     blocks_that_last,
+    fast_exp,
+    load_end,
     load_levels,
     load_rows,
     load_sum,
@@ -82,7 +84,7 @@ def states_forward(
 
     BLOCKS: tl.constexpr = C // BT
     ot = tl.arange(0, BT)
-    steps = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
+    chunks = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
     rows = x + (start * H + h) * size
     weights = kept + (start * H + h) * M
     sums = until + (start * H + h) * M
@@ -90,28 +92,42 @@ def states_forward(
     gates = tl.zeros([BM], tl.float32)
     begin = 0
     if LOCAL:
-        size_left = (end - start).to(tl.int32)
-        begin = steps - blocks_that_last(sums, steps, size_left, True, BT, H, M, BM)
-        rows += begin * BT * H * size
-        weights += begin * BT * H * M
-        sums += begin * BT * H * M
-    for i in range(begin, steps):
+        blocks = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
+        lasting = blocks_that_last(sums, blocks, (end - start).to(tl.int32), True, BT, H, M, BM)
+        begin = (blocks - lasting) // BLOCKS
+        rows += begin.to(tl.int64) * C * H * size
+        weights += begin.to(tl.int64) * (C * H * M)
+        sums += begin.to(tl.int64) * (C * H * M)
+    # Gates at the ends of a chunk's blocks are loaded a chunk ahead: unlike what products take, this is not pipelined.
+    left = end - start - begin * C
+    next_total = load_end(sums, left, BT, H, M, BM)
+    next_total_1 = next_total
+    if BLOCKS > 1:
+        next_total_1 = load_end(sums + BT * H * M, left - BT, BT, H, M, BM)
+    for i in range(begin, chunks):
         if not LOCAL:
-            # Stored before the first block of each chunk; a mask, since a branch would end the pipelining of loads.
-            here = inside & (od[None, :] < tl.where(i % BLOCKS == 0, size, 0))
-            tl.store(states + i // BLOCKS * H * one + at_state, state.to(out.dtype.element_ty), mask=here)
-        left = end - start - i * BT
-        total = tl.load(sums + (tl.minimum(left, BT) - 1) * (H * M) + om, mask=om < M, other=0.0).to(tl.float32)
-        weight = load_rows(weights, left, 0, BT, H * M, M, BM)
-        values = tl.load(
-            rows + ot[:, None] * (H * size) + od[None, :], mask=(ot < left)[:, None] & (od[None, :] < size), other=0.0
-        )
-        state = state * tl.exp(total)[:, None]
-        state = mm(tl.trans(weight.to(DOT)), values.to(DOT), state, PRECISION=PRECISION)
-        gates += total
-        rows += BT * H * size
-        weights += BT * H * M
-        sums += BT * H * M
+            tl.store(states + i * H * one + at_state, state.to(out.dtype.element_ty), mask=inside)
+        left = end - start - i * C
+        total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
+        next_total = load_end(sums + C * H * M, left - C, BT, H, M, BM)
+        if BLOCKS > 1:
+            next_total_1 = load_end(sums + (C + BT) * H * M, left - C - BT, BT, H, M, BM)
+        for block in tl.static_range(BLOCKS):
+            if block > 0:
+                total = total_1
+            here = left - block * BT
+            weight = load_rows(weights + block * BT * H * M, here, 0, BT, H * M, M, BM)
+            values = tl.load(
+                rows + (block * BT + ot)[:, None] * (H * size) + od[None, :],
+                mask=(ot < here)[:, None] & (od[None, :] < size),
+                other=0.0,
+            )
+            state = state * tl.exp(total)[:, None]
+            state = mm(tl.trans(weight.to(DOT)), values.to(DOT), state, PRECISION=PRECISION)
+            gates += total
+        rows += C * H * size
+        weights += C * H * M
+        sums += C * H * M
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -155,17 +171,21 @@ def outputs(
     gates = row * M
     found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
     g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
+    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
+    written = weak
+    if C > BT:
+        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
     # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
     # of whose sides the compiler would keep shared memory apart.
     if found > 0:
         _output(
-            q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
+            q, k + row * K, v + row * V, g, s, until, weak, written, level, hk + state * K, hv + state * V,
             o, p_out, lse_out, row_q, place, found, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
         )  # fmt: skip
     if found == 0:
         _output(
-            q, k + row * K, v + row * V, g, s, until, shrunk, kept, level, hk + state * K, hv + state * V,
+            q, k + row * K, v + row * V, g, s, until, weak, written, level, hk + state * K, hv + state * V,
             o, p_out, lse_out, row_q, place, 0, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
@@ -173,32 +193,38 @@ def outputs(
 
 @triton.jit
 def _output(
-    q, k, v, g, s, until, shrunk, kept, level, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    q, k, v, g, s, until, weak, written, level, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`outputs` of the query head at `row`; ANY: with levels above 0, which occur."""
-    passed = tl.exp(load_sum(until, -1, place > 0, H, M, BM))
+    """`outputs` of the query head at `row`; ANY: with levels above 0, which occur.
+
+    Tiles of gates are loaded before the loop over slices of keys, although they are needed after it: there nothing
+    would hide how long that takes.
+    """
+    passed = fast_exp(load_sum(until, -1, place > 0, H, M, BM))
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
     if LINEAR:
         p = load_rows(q + row * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
+        grown = fast_exp(sums.to(tl.float32))
         factor = scale
     else:
         scores, old = products(
-            q + row * K, k, hk, kept, passed, left, before, scale,
-            BT, C, H * R * K, H * K, K, BD, H, M, BM, DOT, PRECISION,
+            q + row * K, k, hk, written, passed, left, before, scale,
+            BT, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
-        grown = tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+        grown = fast_exp(sums.to(tl.float32))
         if ANY:
             z = near_logits_any(
-                scores, old, grown, g, s, until, shrunk, level, levels, left,
+                scores, old, grown, weak, g, s, until, level, levels, left,
                 BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
             )  # fmt: skip
         else:
-            z = near_logits(scores, old, grown, shrunk, left, BT, H, M, BM, DOT, PRECISION)
+            z = near_logits(scores, old, grown, weak, PRECISION)
         z = tl.where((tl.arange(0, BM) < M)[None, :], z, float("-inf"))
         largest = tl.max(z, axis=1)
-        p = tl.exp(z - largest[:, None])
+        p = fast_exp(z - largest[:, None])
         total = tl.sum(p, axis=1)
         p *= (1.0 / total)[:, None]
         if KEEP:
@@ -206,15 +232,15 @@ def _output(
             tl.store(lse_out + row + ot * (H * R), largest + tl.log(total), mask=ot < left)
             store_rows(p_out + row * M, p, left, 0, BT, H * R * M, M, BM)
         factor = 1.0
-    read = p * tl.exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    read = p * grown
     if ANY:
         near = near_attention_any(
-            read.to(DOT), p, g, s, until, shrunk, level, levels, left,
+            read.to(DOT), p, weak, g, s, until, level, levels, left,
             BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
-        near = near_attention(read.to(DOT), shrunk, left, BT, H, M, BM, DOT, PRECISION)
+        near = near_attention(read.to(DOT), weak, BT, DOT, PRECISION)
     write_products(
-        near, v, read, hv, o + row * V, kept, passed, left, before, factor,
-        BT, C, H * V, H * R * V, V, BD, H, M, BM, DOT, PRECISION,
+        near, v, read, hv, o + row * V, written, passed, left, before, factor,
+        BT, C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,
     )  # fmt: skip

@@ -98,7 +98,7 @@ def backward_pass(
         dhv = hv if last_use and exchange is None else torch.empty_like(hv)
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
-            (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,),
+            (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,), exact=True,
         )  # fmt: skip
         walk = partial(_states_backward, plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, scale)
         walk(dhkT, dhvT)
