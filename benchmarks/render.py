@@ -137,6 +137,31 @@ def kernel_counters(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), "\n".join(said.values()), told(result["about"])])
 
 
+def counters(result: dict[str, Any]) -> str:
+    rows = []
+    for shape in result["shapes"]:
+        for k in shape["kernels"]:
+            moved = k["read_bytes"] + k["written_bytes"]
+            waits = sorted((name for name in k["stalls"] if name != "selected"), key=k["stalls"].get, reverse=True)
+            told_waits = ", ".join(f"{name.replace('_', ' ')} {100 * k['stalls'][name]:.0f}" for name in waits[:3])
+            rows.append(
+                [
+                    shape["shape"]["label"] if k is shape["kernels"][0] else "",
+                    f"`{k['kernel']}`",
+                    f"{1e6 * k['seconds']:.0f}",
+                    f"{k['read_bytes'] / 1e6:.0f} + {k['written_bytes'] / 1e6:.0f}",
+                    f"{moved / k['seconds'] / 1e12:.2f}",
+                    f"{k['l2_hit_percent']:.0f}",
+                    f"{k['issue_percent']:.0f}",
+                    f"{k['tensor_percent']:.0f}",
+                    f"{k['warps']:.0f}",
+                    told_waits,
+                ]
+            )
+    heads = ["", "kernel", "µs", "MB read + written", "TB/s", "L2 hits, %", "issue, %", "tensor cores, %", "warps"]
+    return "\n\n".join([table([*heads, "waits for, %"], rows), told(result["about"])])
+
+
 def kernel_trials(result: dict[str, Any]) -> str:
     rows, told_of = [], []
     for trial in result["trials"]:
@@ -314,6 +339,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "operator_memory": operator_memory,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
+    "counters": counters,
     "kernel_trials": kernel_trials,
     "decode_gpu": decode_gpu,
     "drift": drift,

@@ -137,6 +137,18 @@ def test_launchers_of_several_machines_find_each_other(runs):
     assert start["command"].startswith("torchrun --nnodes 2 --nproc-per-node 1")
 
 
+def test_accelerate_starts_processes_as_well(runs, tmp_path):
+    make = write_tiny(tmp_path)
+    make()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi-gpu", "--num-processes", "2"]
+    command += ["--num-machines", "1", "--mixed-precision", "no", "--dynamo-backend", "no", "--main-process-port", "0"]
+    command += ["-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), "engine.kind=ddp", "model.num_hidden_layers=2"]
+    command += ["batch.micro_rows=1", "schedule.steps=7", f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=280, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_same(tmp_path / "run", runs("one"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_their_checkpoints_hold_the_same_weights_and_moments(runs, kind):
     found, expected = (load_checkpoint(runs(name) / "checkpoints" / "step-00000007") for name in (kind, "one"))
