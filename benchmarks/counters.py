@@ -34,8 +34,7 @@ STALLS = (
 """What a warp does between two of its instructions, in ncu's words; `selected`: it issues the second one."""
 COUNTERS = {
     "seconds": "gpu__time_duration.sum",
-    "read_bytes": "dram__bytes_read.sum",
-    "written_bytes": "dram__bytes_write.sum",
+    "bytes_per_second": "dram__bytes.sum.per_second",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
     "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
@@ -139,8 +138,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         result["shapes"].append({"shape": asdict(shapes[label]) | {"label": label}, "kernels": kernels})
         write(result, options.output)
         for k in kernels:
-            moved = k["read_bytes"] + k["written_bytes"]
-            say(f"{label} {k['kernel']}: {1e6 * k['seconds']:.0f} µs, {moved / k['seconds'] / 1e12:.2f} TB/s")
+            say(f"{label} {k['kernel']}: {1e6 * k['seconds']:.0f} µs, {k['bytes_per_second'] / 1e12:.2f} TB/s")
 
 
 if __name__ == "__main__":

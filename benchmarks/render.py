@@ -27,7 +27,7 @@ BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FILES = {
     "op_gpu-summary": "op_gpu",
-    "op_gpu-lengths": "op_gpu",
+    "op_gpu_alone-lengths": "op_gpu_alone",
     "train_gpu-summary": "train_gpu",
     "operator_memory": "operator_bytes",
 }
@@ -141,7 +141,6 @@ def counters(result: dict[str, Any]) -> str:
     rows = []
     for shape in result["shapes"]:
         for k in shape["kernels"]:
-            moved = k["read_bytes"] + k["written_bytes"]
             waits = sorted((name for name in k["stalls"] if name != "selected"), key=k["stalls"].get, reverse=True)
             told_waits = ", ".join(f"{name.replace('_', ' ')} {100 * k['stalls'][name]:.0f}" for name in waits[:3])
             rows.append(
@@ -149,8 +148,8 @@ def counters(result: dict[str, Any]) -> str:
                     shape["shape"]["label"] if k is shape["kernels"][0] else "",
                     f"`{k['kernel']}`",
                     f"{1e6 * k['seconds']:.0f}",
-                    f"{k['read_bytes'] / 1e6:.0f} + {k['written_bytes'] / 1e6:.0f}",
-                    f"{moved / k['seconds'] / 1e12:.2f}",
+                    f"{k['bytes_per_second'] * k['seconds'] / 1e6:.0f}",
+                    f"{k['bytes_per_second'] / 1e12:.2f}",
                     f"{k['l2_hit_percent']:.0f}",
                     f"{k['issue_percent']:.0f}",
                     f"{k['tensor_percent']:.0f}",
@@ -158,7 +157,7 @@ def counters(result: dict[str, Any]) -> str:
                     told_waits,
                 ]
             )
-    heads = ["", "kernel", "µs", "MB read + written", "TB/s", "L2 hits, %", "issue, %", "tensor cores, %", "warps"]
+    heads = ["", "kernel", "µs", "MB", "TB/s", "L2 hits, %", "issue, %", "tensor cores, %", "warps"]
     return "\n\n".join([table([*heads, "waits for, %"], rows), told(result["about"])])
 
 
@@ -334,7 +333,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "op_gpu-summary": summary,
-    "op_gpu-lengths": lengths,
+    "op_gpu_alone": operator,
+    "op_gpu_alone-lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,
     "kernel_steps": kernel_steps,
@@ -353,7 +353,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory_sharded": memory,
     "scaling": scaling,
     "test_gpu": gpu_tests,
-    "test_gpu_fla": gpu_tests,
     "test_gpu_limits": gpu_tests,
     "test_gpu_training": gpu_tests,
     "test_gpu_two": gpu_tests,

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -27,10 +28,40 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _gpu_memory_for_others(request):
+    """What PyTorch keeps of a GPU's memory after a test goes back: many processes share it."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def gpu_room(tmp_path_factory):
+    """gpu_room(gib): wait until so much of the GPU's memory is free; one test at a time, of all processes."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def wait(gib: float, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while torch.cuda.mem_get_info()[0] < gib * 2**30:
+            if time.monotonic() > end:
+                pytest.skip(f"needs {gib:g} GiB of free GPU memory")
+            time.sleep(0.2)
+
+    with FileLock(shared_folder(tmp_path_factory) / "gpu_room.lock"):
+        yield wait
+
+
+def shared_folder(tmp_path_factory):
+    """The temporary folder that all processes of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def made_once(tmp_path_factory, name, make):
     """The folder that `make(folder)` filled: once, however many processes of pytest-xdist ask for it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder = shared_folder(tmp_path_factory) / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ NAMES = ["ID", "Kernel Name", *counters.COUNTERS.values(), *(counters.STALL.form
 def printed(**changes: str) -> list[str]:
     """Lines of ncu for one launch of `outputs`; `changes` by counter."""
     values = dict.fromkeys(NAMES, "0") | {"Kernel Name": "outputs"}
-    given = {"seconds": "90,000", "read_bytes": "170,000,000", "written_bytes": "10,000,000", "registers": "255"}
+    given = {"seconds": "90,000", "bytes_per_second": "2,000,000,000,000", "registers": "255"}
     values |= {counters.COUNTERS[name]: value for name, value in given.items()}
     values |= {counters.STALL.format("long_scoreboard"): "6", counters.STALL.format("selected"): "2"}
     values |= changes
@@ -25,17 +25,17 @@ def test_a_launch_becomes_a_record_and_a_row():
     (record,) = counters.read(printed())
     assert record["kernel"] == "outputs"
     assert record["seconds"] == pytest.approx(90e-6)
-    assert (record["read_bytes"], record["written_bytes"], record["registers"]) == (170e6, 10e6, 255)
+    assert (record["bytes_per_second"], record["registers"]) == (2e12, 255)
     assert record["stalls"] == {"long_scoreboard": 0.75, "selected": 0.25}
     about = {"command": "c", "device": "d", "versions": {}, "date": "2026-11-26", "commit": "x", "threads": 1}
     text = rendered({"about": about, "shapes": [{"shape": {"label": "340M-8x2048"}, "kernels": [record]}]})
-    assert "| 340M-8x2048 | `outputs` | 90 | 170 + 10 | 2.00 | 0 | 0 | 0 | 0 | long scoreboard 75 |" in text
+    assert "| 340M-8x2048 | `outputs` | 90 | 180 | 2.00 | 0 | 0 | 0 | 0 | long scoreboard 75 |" in text
 
 
 @pytest.mark.parametrize("value", ["n/a", ""])
 def test_a_counter_without_a_value_is_named(value):
-    with pytest.raises(UsageError, match=r"no dram__bytes_read\.sum of outputs"):
-        counters.read(printed(**{"dram__bytes_read.sum": value}))
+    with pytest.raises(UsageError, match=r"no dram__bytes\.sum\.per_second of outputs"):
+        counters.read(printed(**{"dram__bytes.sum.per_second": value}))
 
 
 def test_no_table_and_no_profiler_are_told(monkeypatch):

@@ -21,7 +21,7 @@ def test_without_a_gpu_it_says_so_in_one_line(run):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--shape", "1.3B", "--shape", "70B"), "there is no shape '70B'; choose of 1.3B, 7B, 340M"),
+        (("--shape", "1.3B", "--shape", "70B"), "there is no shape '70B'; choose of 1.3B, 1.3B-long, 7B, 340M"),
         (("--kernel", "input_backward"), "Did you mean 'inputs_backward'?"),
         (("--budget", "-1"), "budget is -1"),
     ],

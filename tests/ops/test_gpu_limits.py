@@ -30,13 +30,6 @@ TOKENS = 1_000_000
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _give_memory_back():
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def big(case: Case, dtype: torch.dtype) -> Tensors:
     """Inputs as `helpers.make` has them, made where they are needed."""
 
@@ -116,13 +109,10 @@ def outputs_of_the_last(case: Case) -> None:
 
 
 @gpu
-def test_tensors_of_more_elements_than_32_bits_count():
+def test_tensors_of_more_elements_than_32_bits_count(gpu_room):
     # Of triton alone: `chunk` leaves its offsets to PyTorch, and its float32 copies of these would not fit.
     # One test for all of them, so that they are never in memory at the same time.
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if torch.cuda.mem_get_info()[0] < 45 << 30:
-        pytest.skip("needs 45 GiB of free GPU memory")
+    gpu_room(45)
     H, wide, M = 4, 512, 64
     from flash_gsa.ops.triton import tiles
 

@@ -241,10 +241,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("order", ORDERS)
-    def test_states_of_more_elements_than_32_bits_count(cuda, order):
+    def test_states_of_more_elements_than_32_bits_count(cuda, order, gpu_room):
         """Both of them, in bfloat16 and in place: 9 GB. The first and the last sequence are compared."""
-        if torch.cuda.mem_get_info()[0] < 11 << 30:
-            pytest.skip("needs 11 GiB of free GPU memory")
+        gpu_room(11)
         H, K, V, M = (MODEL_1B[name] for name in ("H", "K", "V", "M"))
         B = 2**31 // (H * K * M) + 1
 
