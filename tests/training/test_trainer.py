@@ -229,7 +229,7 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
     [("cpu", 20, 400), pytest.param("cuda", 3, 800, marks=pytest.mark.gpu)],
 )
 def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps):
-    more = (f"schedule.steps={steps}", "checkpoints.every=16", "evaluation.every=200", "batch={rows: 1, length: 16}")
+    more = (f"schedule.steps={steps}", "checkpoints.every=4", "evaluation.every=200", "batch={rows: 1, length: 16}")
     more += (f"device={device}",)
     # In a process of its own: those that are killed are forks, and must not inherit a device in use.
     whole = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), *more]
