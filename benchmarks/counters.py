@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flash_gsa.benchmarking.about import about, write
 from flash_gsa.benchmarking.shapes import SUITES, Shape
 from flash_gsa.errors import UsageError
@@ -54,7 +56,7 @@ def read(lines: Iterable[str]) -> list[dict[str, Any]]:
     """
     rows = list(csv.reader(line for line in lines if line.startswith('"')))
     if len(rows) < 3:
-        raise UsageError("ncu printed no counters")
+        raise UsageError("ncu printed no counters; it needs the right to read them (NVIDIA's ERR_NVGPUCTRPERM)")
     names, _, *launches = rows
     records = []
     for launch in launches:
@@ -97,8 +99,6 @@ def measure(shape: Shape) -> list[dict[str, Any]]:
 
 def call(shape: Shape) -> None:
     """What is profiled: the second of two forwards and backwards."""
-    import torch
-
     from flash_gsa.benchmarking.gate import gradient_of_o, with_gradients
     from flash_gsa.benchmarking.implementations import layer_inputs
     from flash_gsa.ops.triton.library import attention
@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         return call(shapes[options.call])
     if options.output is None:
         parser.error("--output is needed")
+    if not torch.cuda.is_available():
+        parser.error("counters are read on a CUDA device, and there is none here; run it where there is one")
     typed = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.counters", *typed])
     result: dict[str, Any] = {"about": about(command, "cuda", options.commit), "shapes": []}

@@ -38,9 +38,13 @@ def test_a_counter_without_a_value_is_named(value):
         counters.read(printed(**{"dram__bytes.sum.per_second": value}))
 
 
-def test_no_table_and_no_profiler_are_told(monkeypatch):
+def test_no_table_and_no_profiler_are_told(monkeypatch, capsys):
     with pytest.raises(UsageError, match="printed no counters"):
         counters.read(["==ERROR== ERR_NVGPUCTRPERM"])
+    monkeypatch.setattr(counters.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        counters.main(["--output", "unused.json"])
+    assert "a CUDA device, and there is none here" in capsys.readouterr().err
     monkeypatch.setattr(counters.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="no ncu here"):
         counters.measure(next(shape for shape in SUITES["gpu"].shapes if shape.label in counters.LABELS))

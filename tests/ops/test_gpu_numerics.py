@@ -5,6 +5,7 @@ numbers. Here heads are wider than one tile, and formats are those of training. 
 options compiles kernels of its own, so most tests share WIDE.
 """
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -61,6 +62,7 @@ def slots(M: int) -> Case:
 
 
 PACKED = (0, 17, 64, 1, 0, 130, 5, 0)
+WIDEST = Case(T=200, B=1, HQ=2, H=1, K=512, V=512, M=256)
 ACCURACY = [
     *((case, dtype) for dtype in DTYPES for case in (MODEL_1B, MODEL_7B, WIDE)),
     (Case(T=300, B=1, K=256, V=256, M=64, state=False), BF16),
@@ -74,7 +76,9 @@ ACCURACY = [
     *((narrow(T), dtype) for dtype in (BF16, FP32) for T in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129)),
     (Case(T=1000, B=1, HQ=4, H=2, K=64, V=64, M=32), BF16),
     # Corners of what the kernels take: heads and slots at their limits, and one kind of head without the other.
-    *((Case(T=200, B=1, HQ=2, H=1, K=512, V=512, M=256, scale=0.05), dtype) for dtype in DTYPES),
+    *((WIDEST, dtype) for dtype in DTYPES if dtype != FP32),
+    (replace(WIDEST, scale=0.05), FP32),
+    pytest.param(WIDEST, FP32, marks=pytest.mark.xfail(strict=True, reason="4 to 6 times plain PyTorch, see log.md")),
     *((Case(T=200, B=1, HQ=1, H=1, K=K, V=V, M=256), BF16) for K, V in ((512, 16), (16, 512))),
 ]
 

@@ -225,12 +225,12 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
-    ("device", "kills", "steps"),
-    [("cpu", 20, 400), pytest.param("cuda", 3, 800, marks=pytest.mark.gpu)],
+    ("device", "kills", "steps", "every"),
+    [("cpu", 20, 400, 4), pytest.param("cuda", 3, 800, 16, marks=pytest.mark.gpu)],
 )
-def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps):
-    more = (f"schedule.steps={steps}", "checkpoints.every=4", "evaluation.every=200", "batch={rows: 1, length: 16}")
-    more += (f"device={device}",)
+def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps, every):
+    more = (f"schedule.steps={steps}", f"checkpoints.every={every}", "evaluation.every=200", f"device={device}")
+    more += ("batch={rows: 1, length: 16}",)
     # In a process of its own: those that are killed are forks, and must not inherit a device in use.
     whole = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), *more]
     make_recipe()
