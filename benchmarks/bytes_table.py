@@ -13,10 +13,8 @@ WANTED = {
 HELD = {
     "o": "the output",
     "until": "sums of gates",
-    "shrunk": "s e^-G",
-    "kept": "s e^(G_B - G)",
-    "level": "which reference each takes",
-    "levels": "which of them occur in a block",
+    "scaled": "s e^-G, or s e^(G_B - G)",
+    "levels": "which references occur in a block",
     "p": "the softmax",
     "lse": "its log-sum",
     "hk": "K̃ before every chunk",

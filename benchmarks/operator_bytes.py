@@ -38,28 +38,25 @@ class Moved:
     """Arguments that a kernel `reads` and `writes`, by its own names: for every chunk whole.
 
     ends: of these only the last row of each block is read.
-    before: of these only blocks with another block behind them in their chunk are read.
     """
 
     reads: str
     writes: str
     ends: str = ""
-    before: str = ""
 
-    def read_shares(self, blocks: int, rows: int) -> dict[str, float]:
-        """{argument: which part of it is read} with so many `blocks` a chunk, `rows` a block."""
-        shares = dict.fromkeys(self.reads.split(), 1.0) | dict.fromkeys(self.ends.split(), 1 / rows)
-        return shares | dict.fromkeys(self.before.split(), 1 - 1 / blocks)
+    def read_shares(self, rows: int) -> dict[str, float]:
+        """{argument: which part of it is read} with so many `rows` a block."""
+        return dict.fromkeys(self.reads.split(), 1.0) | dict.fromkeys(self.ends.split(), 1 / rows)
 
 
 MOVED = {
-    "prepare": Moved("g", "until shrunk kept level levels"),
-    "states_forward": Moved("k v kept", "hk hv", ends="until"),
-    "outputs": Moved("q k v until shrunk levels hk hv", "o p_out lse_out", before="kept"),
-    "values_backward": Moved("v until shrunk levels hv p lse do", "read_p read_dl reached", before="kept"),
+    "prepare": Moved("g", "until scaled levels"),
+    "states_forward": Moved("k v scaled", "hk hv", ends="until"),
+    "outputs": Moved("q k v until scaled levels hk hv", "o p_out lse_out"),
+    "values_backward": Moved("v until scaled levels hv p lse do", "read_p read_dl reached"),
     "states_backward": Moved("q do read_p read_dl hk hv", "dhk dhv passed", ends="until"),
     "inputs_backward": Moved(
-        "y x h dh read until shrunk kept levels written_sum carried_sum", "dy dx written_sum carried_sum"
+        "y x h dh read until scaled levels written_sum carried_sum", "dy dx written_sum carried_sum"
     ),
     "gates_backward": Moved("g passed written carried dg", "dg", ends="until"),
 }
@@ -78,8 +75,7 @@ class Launch:
     @property
     def reads(self) -> dict[str, int]:
         """{argument: bytes that are read of it}."""
-        C, BT = self.constants["C"], self.constants["BT"]
-        shares = MOVED[self.kernel].read_shares(C // BT, BT)
+        shares = MOVED[self.kernel].read_shares(self.constants["BT"])
         if self.kernel == "inputs_backward":
             # The first pass begins the sums, the second has no use for the states before chunks.
             unread = ("written_sum", "carried_sum") if self.constants["FIRST"] else ("h",)

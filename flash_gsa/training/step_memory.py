@@ -198,8 +198,6 @@ def _shared(q: Tensor, k_width: int, v: Tensor, g: Tensor, length: int) -> tuple
     return (
         torch.empty_like(g, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32),
         torch.empty_like(g, dtype=half),
-        torch.empty_like(g, dtype=half),
-        torch.empty_like(g, dtype=torch.int8),
         g.new_empty(chunks, H, M, k_width, dtype=half),
         g.new_empty(chunks, H, M, v.shape[3], dtype=half),
     )

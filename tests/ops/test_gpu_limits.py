@@ -130,8 +130,8 @@ def test_tensors_of_more_elements_than_32_bits_count(gpu_room):
     # the final, the (zero) gradient of the final and that of the initial; 4 and 4 for chunks' states and gradients.
     last_of_a_batch("triton", Case(B=FIRST_BEYOND // (H * wide * M) + 1, T=3, HQ=H, H=H, K=wide, V=16, M=M))
     torch.cuda.empty_cache()
-    # Of gates and what is prepared of them; the forward alone. In GB: 9 for gates, 9 for their sums, 4 for each of two
-    # factors in 16 bits, 2 for levels, 2 for chunks' states; a backward would take 39 more.
+    # Of gates and what is prepared of them; the forward alone. In GB: 9 for gates, 9 for their sums, 4 for weights
+    # in 16 bits, 2 for chunks' states; a backward would take 39 more.
     most = 256
     outputs_of_the_last(Case(lengths=(FIRST_BEYOND // (H * most), 300), HQ=H, H=H, K=16, V=16, M=most, state=False))
 

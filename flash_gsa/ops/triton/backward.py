@@ -25,6 +25,8 @@ from triton.language.extra import libdevice
 from .chunks import (
     blocks_that_last,
     fast_exp,
+    from_start,
+    lay_out_by_16,
     load_end,
     load_levels,
     load_rows,
@@ -38,10 +40,12 @@ from .chunks import (
     near_logits_any,
     near_writes,
     one_minus_exp,
+    passing,
     products,
     store_rows,
     sums_before_and_from,
     time_order,
+    to_end,
 )
 
 # The interpreter knows nothing of libdevice.
@@ -51,7 +55,7 @@ SMALLEST = tl.constexpr(1.1754944e-38)  # the smallest normal number of float32
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def values_backward(
-    q, v, g, s, until, shrunk, kept, level, levels, hv, p, lse, do, dq, dl, read_p, read_dl, reached, cu_seqlens,
+    q, v, g, s, until, scaled, levels, hv, p, lse, do, dq, dl, read_p, read_dl, reached, cu_seqlens,
     chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
@@ -77,43 +81,56 @@ def values_backward(
     row, row_q = token * H + h, token * (H * R) + h * R
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
-
-    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
-    passed = fast_exp(load_sum(until, -1, place > 0, H, M, BM))
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    written = weak
+    block = (chunk * BLOCKS + place) * H + h
+    found = load_levels(levels, block, True, SLICES)
+    found_before = 0
     if C > BT:
-        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
-    # of whose sides the compiler would keep shared memory apart.
-    if found > 0:
-        _of_values(
-            q, v + row * V, g, s, until, weak, written, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
-            reached + gates, row_q, passed, found, left, before, scale,
-            H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
+        found_before = load_levels(levels, block - H, place > 0, SLICES)
+
+    g, s, until, scaled = g + gates, s + gates, until + gates, scaled + gates
+    if (found | found_before) > 0:
+        _of_values_any(
+            q, v + row * V, g, s, until, scaled, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            reached + gates, row_q, found, left, before, scale,
+            H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, DOT, PRECISION,
         )  # fmt: skip
-    if found == 0:
+    else:
         _of_values(
-            q, v + row * V, g, s, until, weak, written, level, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
-            reached + gates, row_q, passed, 0, left, before, scale,
+            q, v + row * V, g, s, until, scaled, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            reached + gates, row_q, found, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
 
 
+@triton.jit(noinline=True)
+def _of_values_any(
+    q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_of_values` with ANY: not inlined, see `_of_inputs_any`."""
+    _of_values(
+        q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
+        H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit
 def _of_values(
-    q, v, g, s, until, weak, written, level, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, passed, levels,
-    left, before, scale,
+    q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
     H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
     ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`values_backward` of the query heads from `row` on; ANY: with levels above 0, which occur.
-
-    weak: s e^{-G} of the block, written: `kept` of the block before, tiles both.
-    """
+    """`values_backward` of the query heads from `row` on; ANY: with levels above 0 in the block or the one before."""
+    lay_out_by_16(scaled, left, BT, BM)
     ot = tl.arange(0, BT)
+    early, late = passing(load_sum(until, -1, before > 0, H, M, BM), ANY, RANGE)
+    own = load_rows(scaled, left, 0, BT, H * M, M, BM).to(DOT)
+    scaled_before = own
+    if C > BT:
+        scaled_before = load_rows(scaled - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
     grown = fast_exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
     total = tl.zeros([BT, BM], tl.float32)
     for r in range(R):
@@ -123,12 +140,14 @@ def _of_values(
         if not LINEAR:
             sums = tl.load(lse + row + r + ot * (H * R), mask=ot < left, other=0.0)
         scores, old = products(
-            do + (row + r) * V, v, hv, written, passed, left, before, scale,
+            do + (row + r) * V, v, hv, scaled_before, early, late, left, before, scale,
             BT, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
+        weak = own
         if ANY:
+            weak = from_start(own, g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)
             dp = near_logits_any(
-                scores, old, grown, weak, g, s, until, level, levels, left,
+                scores, old, grown, weak, g, s, until, levels, left,
                 BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
             )  # fmt: skip
         else:
@@ -283,7 +302,7 @@ def states_backward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def inputs_backward(
-    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, levels, dy, dx, written_sum, carried_sum, cu_seqlens,
+    y, x, h, dh, read, weights, g, s, until, scaled, levels, dy, dx, written_sum, carried_sum, cu_seqlens,
     chunk_sequence, first_chunk, T, sequences, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
@@ -314,35 +333,63 @@ def inputs_backward(
     if token >= end:
         return
     left = tl.minimum(end - token, C - before).to(tl.int32)
-    after = left - BT
     row, row_q = token * H + head, token * (H * R) + head * R
     state = (chunk * H + head).to(tl.int64) * M
-    found = load_levels(levels, (chunk * BLOCKS + place) * H + head, SLICES)
+    block = (chunk * BLOCKS + place) * H + head
+    found = load_levels(levels, block, True, SLICES)
+    found_before = 0
+    if C > BT:
+        found_before = load_levels(levels, block - H, place > 0, SLICES)
     gates = row * M
-    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
+    g, s, until, scaled = g + gates, s + gates, until + gates, scaled + gates
     y, x, dx, dh = y + row_q * D, x + row * D, dx + row * D, dh + state * D
     read, weights = read + row_q * M, weights + row_q * M
 
     # Here and not where it is used: from outside of a condition it comes through shared memory, and leaves registers.
-    writing = load_rows(kept, left, 0, BT, H * M, M, BM)
-    if C > BT:
-        gone = tl.exp(load_sum(until, left - 1, after > 0, H, M, BM))
-        writing = (writing.to(tl.float32) * gone[None, :]).to(writing.dtype)
-    writing = writing.to(DOT)
-    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
-    # of whose sides the compiler would keep shared memory apart.
-    if found > 0:
-        _of_inputs(
-            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum + gates,
-            carried_sum + gates, writing, row_q, found, left, before, factor,
-            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, True, DOT, PRECISION,
+    writing = _writing(scaled, until, left, H, M, C, BT, BM, RANGE, DOT)
+    if (found | found_before) > 0:
+        _of_inputs_any(
+            y, x, h + state * D, dh, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
+            carried_sum + gates, row_q, found, left, before, factor,
+            H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, DOT, PRECISION,
         )  # fmt: skip
-    if found == 0:
+    if (found | found_before) == 0:
         _of_inputs(
-            y, x, h + state * D, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum + gates,
-            carried_sum + gates, writing, row_q, 0, left, before, factor,
+            y, x, h + state * D, dh, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
+            carried_sum + gates, writing, row_q, found, left, before, factor,
             H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, False, DOT, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit
+def _writing(
+    scaled, until, left, H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
+    RANGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What the state behind the chunk has of the block's tokens [BT, BM]."""
+    own = load_rows(scaled, left, 0, BT, H * M, M, BM)
+    carrying = to_end(load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM), RANGE)
+    if C > BT:
+        carrying *= tl.exp(load_sum(until, left - 1, left > BT, H, M, BM))
+    return (own.to(tl.float32) * carrying[None, :]).to(own.dtype).to(DOT)
+
+
+@triton.jit(noinline=True)
+def _of_inputs_any(
+    y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, row,
+    levels, left, before, factor,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
+    FIRST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_of_inputs` with ANY, as a function of its own. Inlined, the compiler would move what both have in common to
+    before their condition, where it fills the registers of what nearly every block takes."""
+    writing = _writing(scaled, until, left, H, M, C, BT, BM, RANGE, DOT)
+    _of_inputs(
+        y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum,
+        carried_sum, writing, row, levels, left, before, factor,
+        H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, True, DOT, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
@@ -417,24 +464,24 @@ def gates_backward(
 
 @triton.jit
 def _of_inputs(
-    y, x, h, dh, read, weights, g, s, until, shrunk, kept, level, dy, dx, written_sum, carried_sum, writing, row,
+    y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, writing, row,
     levels, left, before, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
     FIRST: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What `inputs_backward` does once it knows the block; ANY: with levels above 0, which occur.
+    """What `inputs_backward` does once it knows the block; ANY: with levels above 0 in it or in the one before.
 
     Otherwise what several query heads write is summed before gates meet it. Tiles of gates and weights are loaded
     together before the first of them is used, and those needed again are kept: between uses there are barriers, which
     no load passes, so that each would be waited for.
     """
     after = left - BT
-    keeping = load_rows(kept, left, 0, BT, H * M, M, BM)
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    ahead = weak
+    lay_out_by_16(scaled, left, BT, BM)
+    own = load_rows(scaled, left, 0, BT, H * M, M, BM)
+    ahead = own.to(DOT)
     if QUERIES and C > BT:
-        ahead = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+        ahead = load_rows(scaled - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
     if R == 1:
         reading = load_rows(read, left, 0, BT, H * M, M, BM)
         reading_after = reading
@@ -447,8 +494,8 @@ def _of_inputs(
     scores_after = tl.zeros([BT, BT], tl.float32)
     if R == 1:
         near, near_after, near_before, of_state = _weights(
-            reading, reading_after, weights, keeping, weak, ahead, g, s, until, level, levels, left, before,
-            H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
+            reading, reading_after, weights, own, ahead, g, s, until, levels, left, before,
+            H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, ANY, DOT, PRECISION,
         )  # fmt: skip
     # Of a chunk's two blocks the first meets y of the second, the second, for dy, x of the first: one tile for both.
     ONE_TILE: tl.constexpr = QUERIES and C > BT and R == 1
@@ -468,8 +515,8 @@ def _of_inputs(
                 if C > BT:
                     reading_after = load_rows(read + r * M + BT * H * R * M, after, 0, BT, H * R * M, M, BM)
                 near, near_after, near_before, of_state = _weights(
-                    reading, reading_after, weights + r * M, keeping, weak, ahead, g, s, until, level, levels, left,
-                    before, H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, DOT, PRECISION,
+                    reading, reading_after, weights + r * M, own, ahead, g, s, until, levels, left, before,
+                    H, R, M, C, BT, BM, RANGE, HAS_S, QUERIES, ANY, DOT, PRECISION,
                 )  # fmt: skip
                 scores = tl.zeros([BT, BT], tl.float32)
                 scores_after = tl.zeros([BT, BT], tl.float32)
@@ -493,7 +540,7 @@ def _of_inputs(
             if R > 1:
                 written, behind = _write(
                     written, behind, scores * factor, scores_after * factor, reading, reading_after, weights + r * M,
-                    until, level, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
+                    until, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
             if QUERIES and R > 1:
                 hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
@@ -515,7 +562,7 @@ def _of_inputs(
         carried_before = load_rows(carried_sum, left, 0, BT, H * M, M, BM).to(tl.float32)
     if R == 1:
         written, behind = _write(
-            written, behind, scores * factor, scores_after * factor, reading, reading_after, weights, until, level,
+            written, behind, scores * factor, scores_after * factor, reading, reading_after, weights, until,
             levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
         )  # fmt: skip
     last = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
@@ -541,38 +588,44 @@ def _of_inputs(
 
 @triton.jit
 def _weights(
-    reading, reading_after, weights, keeping, weak, ahead, g, s, until, level, levels, left, before,
+    reading, reading_after, weights, own, ahead, g, s, until, levels, left, before,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the block's tokens t read of its own j, [t, j]; what tokens t of the block after read of j, [j, t]; what the
     block's tokens read of those of the block before, [t, j]; and of the state before the chunk, [t, BM].
 
-    reading, reading_after: `read` of the block and of that after; keeping, ahead: `kept` of it and of that before.
+    reading, reading_after: `read` of the block and of that after; own, ahead: `scaled` of it and of that before.
     """
     of_state = reading.to(DOT)
-    if levels > 0:
+    if ANY:
+        weak = from_start(own.to(DOT), g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)
         weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         near = near_attention_any(
-            reading.to(DOT), weight, weak, g, s, until, level, levels, left,
+            reading.to(DOT), weight, weak, g, s, until, levels, left,
             BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
-        near = near_attention(reading.to(DOT), weak, BT, DOT, PRECISION)
+        near = near_attention(reading.to(DOT), own.to(DOT), BT, DOT, PRECISION)
     near_after = near
     near_before = near
     if C > BT:
-        near_after = mm(keeping.to(DOT), tl.trans(reading_after.to(DOT)), PRECISION=PRECISION).to(DOT)
+        last = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+        keeping = (own.to(tl.float32) * to_end(last, RANGE)[None, :]).to(own.dtype).to(DOT)
+        near_after = mm(keeping, tl.trans(reading_after.to(DOT)), PRECISION=PRECISION).to(DOT)
         if QUERIES:
-            gone = tl.exp(load_sum(until, -1, before > 0, H, M, BM))
-            near_before = mm(reading.to(DOT), tl.trans(ahead), PRECISION=PRECISION).to(DOT)
-            of_state = (reading.to(tl.float32) * gone[None, :]).to(reading.dtype).to(DOT)
+            early, late = passing(load_sum(until, -1, before > 0, H, M, BM), ANY, RANGE)
+            of_state = (reading.to(tl.float32) * late[None, :]).to(reading.dtype).to(DOT)
+            near_before = mm(of_state, tl.trans(ahead), PRECISION=PRECISION).to(DOT)
+            if ANY:
+                of_state = (reading.to(tl.float32) * (early * late)[None, :]).to(reading.dtype).to(DOT)
     return near, near_after, near_before, of_state
 
 
 @triton.jit
 def _write(
-    written, behind, scores, scores_after, reading, reading_after, weights, until, level, levels, left,
+    written, behind, scores, scores_after, reading, reading_after, weights, until, levels, left,
     H: tl.constexpr, R: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     RANGE: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -583,7 +636,7 @@ def _write(
     if ANY:
         weight = load_rows(weights, left, 0, BT, H * R * M, M, BM).to(DOT)
         written += near_writes(
-            turned, reading.to(DOT), weight, until, level, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
+            turned, reading.to(DOT), weight, until, levels, left, BT, H, M, BM, RANGE, DOT, PRECISION
         )  # fmt: skip
     else:
         written = mm(turned, reading.to(DOT), written, PRECISION=PRECISION)

@@ -9,8 +9,11 @@ As a product of matrices the first of them needs two factors, e^{G_t - r} and s_
 no factor may overflow. Weak gates take r = 0, the block's start (level 0). A slot that forgets more than e^-RANGE
 since then takes the gates' sum at a token near t: the first of its group of 32 (level 1); where that group forgets too
 much, the first of its group of 8 (level 2), or the token itself (level 3), with which both factors are at most 1
-whatever the gates are. `gates.prepare` assigns the level of every token and slot, from tokens up to it only: what
-comes later changes no bit of the result. A block pays for the levels that occur in it.
+whatever the gates are. The level of a token and slot follows from tokens up to it only: what comes later changes no bit
+of the result. A block pays for the levels that occur in it.
+
+In memory there is one weight for each token and slot, `scaled`: s_j e^{-G_j}, or s_j e^{G_B - G_j} where e^{-G_B} would
+overflow. What the state behind the block has of token j is the one times e^{G_B}, the other as it is (`to_end`).
 """
 
 import triton
@@ -122,6 +125,16 @@ def load_rows(x, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def lay_out_by_16(x, left, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Writes nothing. Triton lays out all tiles of one shape that a kernel loads for that access which takes most
+    numbers at once, for bytes 16 neighbours a thread: half as many rows and addresses a thread as with the 8 that
+    numbers of 16 bits get."""
+    rows, od = tl.arange(0, ROWS), tl.arange(0, BD)
+    never = (rows < tl.minimum(left, 0))[:, None]
+    tl.store(x.to(tl.pointer_type(tl.int8)) + rows[:, None] * BD + od[None, :], tl.zeros([ROWS, BD], tl.int8), never)
+
+
+@triton.jit
 def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """The reverse of `load_rows`, in x's dtype."""
     rows, od = tl.arange(0, ROWS), d + tl.arange(0, BD)
@@ -135,8 +148,32 @@ def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl
 @triton.jit
 def load_sum(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
     """G [BM] in float32 at the token that ends a block; 0 unless the block exists."""
+    return load_sum_as_is(until, token, exists, H, M, BM).to(tl.float32)
+
+
+@triton.jit
+def load_sum_as_is(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """G [BM] at a token; 0 unless it exists."""
     om = tl.arange(0, BM)
-    return tl.load(until + token * (H * M) + om, mask=om < tl.where(exists, M, 0), other=0.0).to(tl.float32)
+    return tl.load(until + token * (H * M) + om, mask=om < tl.where(exists, M, 0), other=0.0)
+
+
+@triton.jit
+def forgets(total, RANGE: tl.constexpr):
+    """Whether a slot forgets so much in a block, e^total, that `scaled` has the block's end as reference."""
+    return total < -RANGE
+
+
+@triton.jit
+def to_end(total, RANGE: tl.constexpr):
+    """What makes of a block's `scaled` s_j e^{G_B - G_j}; total: G_B."""
+    return tl.where(forgets(total, RANGE), 1.0, fast_exp(total))
+
+
+@triton.jit
+def since_start(sums, RANGE: tl.constexpr):
+    """The exponent of s_j e^{-G_j}, cut where it could overflow."""
+    return tl.minimum(-sums.to(tl.float32), RANGE)
 
 
 @triton.jit
@@ -156,13 +193,14 @@ def rolled(D: tl.constexpr, left):
 
 @triton.jit
 def products(
-    x, y, state, kept, passed, left, before, factor,
+    x, y, state, scaled, early, late, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of x, y [BT, D] and state [M, D]: factor · x yᵀ [BT, BT], 0 above the diagonal, in the products' format; and what
-    x sees of all that was there before its block, factor · (passed ∘ x stateᵀ + x y₋ᵀ kept₋) [BT, BM] in float32,
-    where y₋ and kept₋, the tile `kept`, are of the block before, which has `before` tokens, 0 or BT."""
+    x sees of all that was there before its block, factor · late ∘ (early ∘ x stateᵀ + x y₋ᵀ scaled₋) [BT, BM] in
+    float32, where y₋ and scaled₋, the tile `scaled`, are of the block before, which has `before` tokens, 0 or BT, and
+    whose gates are early ∘ late (`passing`)."""
     scores = tl.zeros([BT, BT], tl.float32)
     far = tl.zeros([BT, BT], tl.float32)
     old = tl.zeros([BT, BM], tl.float32)
@@ -177,23 +215,32 @@ def products(
         old = mm(xd.to(DOT), tl.trans(hd.to(DOT)), old, PRECISION=PRECISION)
     ot = tl.arange(0, BT)
     near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
-    old *= factor * passed[None, :]
     if C > BT:
-        old = mm((far * factor).to(DOT), kept, old, PRECISION=PRECISION)
+        old *= factor * early[None, :]
+        old = mm((far * factor).to(DOT), scaled, old, PRECISION=PRECISION)
+        old *= late[None, :]
+    else:
+        old *= factor
     return near, old
 
 
 @triton.jit
 def write_products(
-    near, y, read, state, out, kept, passed, left, before, factor,
+    near, y, read, state, out, scaled, early, late, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = factor · (near y + (read kept₋ᵀ) y₋ + (passed ∘ read) state), for near [BT, BT], y [BT, D],
-    read [BT, BM] in float32, state [M, D]; y₋ and kept₋ as in `products`."""
+    """out = factor · (near y + ((late ∘ read) scaled₋ᵀ) y₋ + (early ∘ late ∘ read) state), for near [BT, BT],
+    y [BT, D], read [BT, BM] in float32, state [M, D]; y₋, scaled₋, early and late as in `products`."""
+    reading = read
     if C > BT:
-        far = mm(read.to(DOT), tl.trans(kept), PRECISION=PRECISION).to(DOT)
-    reading = (read * passed[None, :]).to(DOT)
+        reading *= late[None, :]
+    far = reading.to(DOT)
+    reading = far
+    if C > BT:
+        if ANY:
+            reading = (read * (early * late)[None, :]).to(DOT)
+        far = mm(far, tl.trans(scaled), PRECISION=PRECISION).to(DOT)
     for d in range(0, rolled(D, left), BD):
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
@@ -206,12 +253,51 @@ def write_products(
 
 
 @triton.jit
-def load_levels(levels, block, SLICES: tl.constexpr):
-    """Which levels above 0 occur in a block: see `gates.prepare`."""
-    found = tl.load(levels + block * SLICES)
-    for i in tl.static_range(1, SLICES):
-        found |= tl.load(levels + block * SLICES + i)
+def passing(total, ANY: tl.constexpr, RANGE: tl.constexpr):
+    """(early, late) of a block of which this is the gates' sum: what passes it loses `early`, and with what the block's
+    `scaled` writes also `late`. Unless ANY, no slot forgets the block's start, and `early` is 1."""
+    late = to_end(total, RANGE)
+    early = tl.full(total.shape, 1.0, tl.float32)
+    if ANY:
+        early = tl.where(forgets(total, RANGE), fast_exp(total), 1.0)
+    return early, late
+
+
+@triton.jit
+def load_levels(levels, block, exists, SLICES: tl.constexpr):
+    """Which levels above 0 occur in a block, if it exists: see `gates.prepare`."""
+    found = 0
+    for i in tl.static_range(SLICES):
+        found |= tl.load(levels + block * SLICES + i, mask=exists, other=0)
     return found
+
+
+@triton.jit
+def find_levels(
+    until, sums, left, d, BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, RANGE: tl.constexpr
+):
+    """The level of each of a block's tokens and of slots d to d+BS; sums: of their gates, which `until` has too."""
+    ot, od = tl.arange(0, BT), d + tl.arange(0, BS)
+    here = (ot < left)[:, None] & (od < M)[None, :]
+    large = tl.load(until + (ot // GROUP_32 * GROUP_32)[:, None] * (H * M) + od[None, :], here, 0.0)
+    small = tl.load(until + (ot // GROUP_8 * GROUP_8)[:, None] * (H * M) + od[None, :], here, 0.0)
+    beyond = tl.where(sums >= large - RANGE, 1, tl.where(sums >= small - RANGE, 2, 3))
+    return tl.where(here & (sums < -RANGE), beyond, 0)
+
+
+@triton.jit
+def from_start(
+    scaled, g, s, until, left,
+    BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
+    HAS_S: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """s e^{-G} [BT, BM] of a block with any levels, whatever reference the tile `scaled` has: of weak gates the same
+    bits that `gates.prepare` stores."""
+    total = load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM)
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
+    write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
+    weak = (write * fast_exp(since_start(sums, RANGE))).to(DOT)
+    return tl.where(forgets(total, RANGE)[None, :], weak, scaled)
 
 
 @triton.jit
@@ -223,21 +309,27 @@ def references(levels, BT: tl.constexpr):
 
 @triton.jit
 def _factors(
-    i, levels, until_pointer, until, level, left,
+    i, levels, until, sums, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere."""
+    """Of the i'th reference r: e^{G_t - r} where token and slot use it, else 0; and e^{r - G_j}, finite everywhere.
+
+    sums: G. Which token and slot are at which level is found here, as `find_levels` does, and takes no registers.
+    """
     large = tl.where((levels & 1) > 0, BT // GROUP_32, 0)
     small = tl.where((levels & 2) > 0, BT // GROUP_8, 0)
     is_large, is_small = i < large, i < large + small
     token = tl.where(is_large, i * GROUP_32, tl.where(is_small, (i - large) * GROUP_8, i - large - small))
     behind = token + tl.where(is_large, GROUP_32, tl.where(is_small, GROUP_8, 1))
-    user = tl.where(is_large, 1, tl.where(is_small, 2, 3))
-    oc, om = tl.arange(0, BT), tl.arange(0, BM)
-    reference = tl.load(until_pointer + token * (H * M) + om, mask=om < tl.where(token < left, M, 0), other=0.0)
-    uses = ((oc >= token) & (oc < behind))[:, None] & (level == user)
-    grown = tl.where(uses, tl.exp(tl.minimum((until - reference[None, :]).to(tl.float32), 0.0)), 0.0)
-    inverse = tl.exp(tl.minimum((reference[None, :] - until).to(tl.float32), RANGE))
+    reference = load_sum_as_is(until, token, token < left, H, M, BM)
+    of_32 = load_sum_as_is(until, token // GROUP_32 * GROUP_32, token < left, H, M, BM)
+    of_8 = load_sum_as_is(until, token // GROUP_8 * GROUP_8, token < left, H, M, BM)
+    below = tl.where(is_large, 0.0, tl.where(is_small, of_32, tl.minimum(of_32, of_8))) - RANGE
+    lowest = tl.where(is_large | is_small, reference - RANGE, float("-inf"))
+    ot = tl.arange(0, BT)
+    uses = ((ot >= token) & (ot < behind))[:, None] & (sums < below[None, :]) & (sums >= lowest[None, :])
+    grown = tl.where(uses, tl.exp(tl.minimum((sums - reference[None, :]).to(tl.float32), 0.0)), 0.0)
+    inverse = tl.exp(tl.minimum((reference[None, :] - sums).to(tl.float32), RANGE))
     return grown, inverse
 
 
@@ -252,18 +344,17 @@ def near_logits(
 
 @triton.jit
 def near_logits_any(
-    scores, old, grown, weak, g, s, until, level, levels, left,
+    scores, old, grown, weak, g, s, until, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`near_logits` of a block with any levels."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
-    need = load_rows(level, left, 0, BT, H * M, M, BM)
     write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
     total = near_logits(scores, old, grown, weak, PRECISION)
-    total = tl.where(need == 0, total, grown * old)
+    total = tl.where(sums >= -RANGE, total, grown * old)
     for i in tl.range(references(levels, BT), num_stages=1):
-        grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+        grown, inverse = _factors(i, levels, until, sums, left, BT, H, M, BM, RANGE)
         total += grown * mm(scores, (write * inverse).to(DOT), PRECISION=PRECISION)
     return total
 
@@ -281,17 +372,16 @@ def near_attention(
 
 @triton.jit
 def near_attention_any(
-    read, weights, weak, g, s, until, level, levels, left,
+    read, weights, weak, g, s, until, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     HAS_S: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`near_attention` of a block with any levels."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
-    need = load_rows(level, left, 0, BT, H * M, M, BM)
     write = load_write(g, s, left, 0, BT, H, M, BM, HAS_S)
-    total = mm(tl.where(need == 0, read, 0.0), tl.trans(weak), PRECISION=PRECISION)
+    total = mm(tl.where(sums >= -RANGE, read, 0.0), tl.trans(weak), PRECISION=PRECISION)
     for i in tl.range(references(levels, BT), num_stages=1):
-        grown, inverse = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+        grown, inverse = _factors(i, levels, until, sums, left, BT, H, M, BM, RANGE)
         far = (weights * grown).to(DOT)
         total = mm(far, tl.trans((write * inverse).to(DOT)), total, PRECISION=PRECISION)
     oc = tl.arange(0, BT)
@@ -300,18 +390,17 @@ def near_attention_any(
 
 @triton.jit
 def near_writes(
-    scores, reading, weights, until, level, levels, left,
+    scores, reading, weights, until, levels, left,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_{t≥j} scores_jt weights_tm e^{G_tm - G_jm} [BT (j), BM] of a block with any levels; scores [BT (j), BT (t)] are
     0 for t < j, reading = weights ∘ e^G, both of these in the products' format."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
-    need = load_rows(level, left, 0, BT, H * M, M, BM)
-    inverse = tl.exp(tl.minimum(-sums.to(tl.float32), RANGE))
-    written = inverse * mm(scores, tl.where(need == 0, reading, 0.0), PRECISION=PRECISION)
+    inverse = tl.exp(since_start(sums, RANGE))
+    written = inverse * mm(scores, tl.where(sums >= -RANGE, reading, 0.0), PRECISION=PRECISION)
     for i in tl.range(references(levels, BT), num_stages=1):
-        grown, far = _factors(i, levels, until, sums, need, left, BT, H, M, BM, RANGE)
+        grown, far = _factors(i, levels, until, sums, left, BT, H, M, BM, RANGE)
         written += far * mm(scores, (weights * grown).to(DOT), PRECISION=PRECISION)
     return written
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from .chunks import (
     blocks_that_last,
     fast_exp,
+    from_start,
+    lay_out_by_16,
     load_end,
     load_levels,
     load_rows,
@@ -22,6 +24,7 @@ from .chunks import (
     near_attention_any,
     near_logits,
     near_logits_any,
+    passing,
     products,
     store_rows,
     time_order,
@@ -31,11 +34,11 @@ from .chunks import (
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def states_forward(
-    k, v, kept, until, hk0, hv0, hk, hv, hkT, hvT, local_k, local_v, decay, cu_seqlens, segment_sequence,
+    k, v, scaled, until, hk0, hv0, hk, hv, hkT, hvT, local_k, local_v, decay, cu_seqlens, segment_sequence,
     first_segment, first_chunk, T, sequences, segment_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, WANT_FINAL: tl.constexpr,
-    LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    WANT_FINAL: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
 
@@ -86,7 +89,7 @@ def states_forward(
     ot = tl.arange(0, BT)
     chunks = tl.minimum(tl.cdiv(end - start, C), segment_chunks).to(tl.int32)
     rows = x + (start * H + h) * size
-    weights = kept + (start * H + h) * M
+    weights = scaled + (start * H + h) * M
     sums = until + (start * H + h) * M
     states = out + (chunk * H + h) * one
     gates = tl.zeros([BM], tl.float32)
@@ -104,9 +107,10 @@ def states_forward(
     next_total_1 = next_total
     if BLOCKS > 1:
         next_total_1 = load_end(sums + BT * H * M, left - BT, BT, H, M, BM)
+    late = tl.full([BM], 1.0, tl.float32)  # what the state is still to be multiplied by
     for i in range(begin, chunks):
         if not LOCAL:
-            tl.store(states + i * H * one + at_state, state.to(out.dtype.element_ty), mask=inside)
+            tl.store(states + i * H * one + at_state, (state * late[:, None]).to(out.dtype.element_ty), mask=inside)
         left = end - start - i * C
         total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
         next_total = load_end(sums + C * H * M, left - C, BT, H, M, BM)
@@ -122,12 +126,15 @@ def states_forward(
                 mask=(ot < here)[:, None] & (od[None, :] < size),
                 other=0.0,
             )
-            state = state * tl.exp(total)[:, None]
+            early, next_late = passing(total, True, RANGE)
+            state = state * (late * early)[:, None]
             state = mm(tl.trans(weight.to(DOT)), values.to(DOT), state, PRECISION=PRECISION)
+            late = next_late
             gates += total
         rows += C * H * size
         weights += C * H * M
         sums += C * H * M
+    state *= late[:, None]
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -141,7 +148,7 @@ def states_forward(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def outputs(
-    q, k, v, g, s, until, shrunk, kept, level, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence,
+    q, k, v, g, s, until, scaled, levels, hk, hv, o, p_out, lse_out, cu_seqlens, chunk_sequence,
     first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
@@ -169,55 +176,77 @@ def outputs(
     row, row_q = token * H + h, token * (H * R) + hq
     state = (chunk * H + h).to(tl.int64) * M
     gates = row * M
-    found = load_levels(levels, (chunk * BLOCKS + place) * H + h, SLICES)
-    g, s, until, shrunk, kept, level = g + gates, s + gates, until + gates, shrunk + gates, kept + gates, level + gates
-    weak = load_rows(shrunk, left, 0, BT, H * M, M, BM).to(DOT)
-    written = weak
+    block = (chunk * BLOCKS + place) * H + h
+    found = load_levels(levels, block, True, SLICES)
+    found_before = 0
     if C > BT:
-        written = load_rows(kept - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-    # Twice the code, so that what nearly every block takes has no branches in it. Two conditions, not one with an else,
-    # of whose sides the compiler would keep shared memory apart.
-    if found > 0:
-        _output(
-            q, k + row * K, v + row * V, g, s, until, weak, written, level, hk + state * K, hv + state * V,
+        found_before = load_levels(levels, block - H, place > 0, SLICES)
+    g, s, until, scaled = g + gates, s + gates, until + gates, scaled + gates
+    if (found | found_before) > 0:
+        _output_any(
+            q, k + row * K, v + row * V, g, s, until, scaled, hk + state * K, hv + state * V,
             o, p_out, lse_out, row_q, place, found, left, before, scale,
-            H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
+            H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, DOT, PRECISION,
         )  # fmt: skip
-    if found == 0:
+    else:
         _output(
-            q, k + row * K, v + row * V, g, s, until, weak, written, level, hk + state * K, hv + state * V,
-            o, p_out, lse_out, row_q, place, 0, left, before, scale,
+            q, k + row * K, v + row * V, g, s, until, scaled, hk + state * K, hv + state * V,
+            o, p_out, lse_out, row_q, place, found, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
 
 
+@triton.jit(noinline=True)
+def _output_any(
+    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
+    LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_output` with ANY: not inlined, see `backward._of_inputs_any`."""
+    _output(
+        q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+        H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit
 def _output(
-    q, k, v, g, s, until, weak, written, level, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`outputs` of the query head at `row`; ANY: with levels above 0, which occur.
+    """`outputs` of the query head at `row`; ANY: with levels above 0 in the block or the one before.
 
     Tiles of gates are loaded before the loop over slices of keys, although they are needed after it: there nothing
     would hide how long that takes.
     """
-    passed = fast_exp(load_sum(until, -1, place > 0, H, M, BM))
+    lay_out_by_16(scaled, left, BT, BM)
+    own = load_rows(scaled, left, 0, BT, H * M, M, BM).to(DOT)
+    scaled_before = own
+    if C > BT:
+        scaled_before = load_rows(scaled - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
+    early, late = passing(load_sum(until, -1, place > 0, H, M, BM), ANY, RANGE)
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     if LINEAR:
         p = load_rows(q + row * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
         grown = fast_exp(sums.to(tl.float32))
         factor = scale
+        weak = own
+        if ANY:
+            weak = from_start(own, g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)
     else:
         scores, old = products(
-            q + row * K, k, hk, written, passed, left, before, scale,
+            q + row * K, k, hk, scaled_before, early, late, left, before, scale,
             BT, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
         grown = fast_exp(sums.to(tl.float32))
+        weak = own
         if ANY:
+            weak = from_start(own, g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)
             z = near_logits_any(
-                scores, old, grown, weak, g, s, until, level, levels, left,
+                scores, old, grown, weak, g, s, until, levels, left,
                 BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
             )  # fmt: skip
         else:
@@ -235,12 +264,12 @@ def _output(
     read = p * grown
     if ANY:
         near = near_attention_any(
-            read.to(DOT), p, weak, g, s, until, level, levels, left,
+            read.to(DOT), p, weak, g, s, until, levels, left,
             BT, H, M, BM, RANGE, HAS_S, DOT, PRECISION,
         )  # fmt: skip
     else:
         near = near_attention(read.to(DOT), weak, BT, DOT, PRECISION)
     write_products(
-        near, v, read, hv, o + row * V, written, passed, left, before, factor,
-        BT, C, H * V, H * R * V, V, BD, M, BM, DOT, PRECISION,
+        near, v, read, hv, o + row * V, scaled_before, early, late, left, before, factor,
+        BT, C, H * V, H * R * V, V, BD, M, BM, ANY, DOT, PRECISION,
     )  # fmt: skip

@@ -137,7 +137,7 @@ def attention_op(
     want_final: bool,
     keep: bool,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, hkT, hvT, and what the backward needs."""
     results, shared = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep)
     if recompute or not keep:
@@ -218,7 +218,7 @@ def linear_attention_op(
     cu_seqlens: Tensor | None,
     scale: float,
     want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, hT, and what the backward needs."""
     results, shared = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
     return _filled((*results, *shared), q)

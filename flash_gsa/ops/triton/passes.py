@@ -27,11 +27,10 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, want_final, keep)
-    until, _, kept, *_ = shared
-    hk, hv = shared[-2:]
+    until, scaled, *_, hk, hv = shared
     with torch.cuda.device_of(q):
-        plan.prepare(g, strength, shared[:5])
-        _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, results[1:])
+        plan.prepare(g, strength, shared[:3])
+        _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, results[1:])
         _outputs(plan, q, k, v, g, strength, shared, results[0], scale)
     return results, shared
 
@@ -44,13 +43,13 @@ def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool
     plan = plan_for(q, k, v, g, s is not None, None)
     strength = g if s is None else s
     (o, *final), shared = forward_tensors(plan, q, g, True, keep)
-    (until, _, kept, *_), (hk, hv) = shared[:5], shared[-2:]
+    until, scaled, *_, hk, hv = shared
     with torch.cuda.device_of(q):
-        plan.prepare(g, strength, shared[:5])
-        _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, final)
+        plan.prepare(g, strength, shared[:3])
+        _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final)
         if (before := exchange.before(*final, g)) is not None:
             hk0, hv0 = before
-            _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, final if want_final else (None, None))
+            _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final if want_final else (None, None))
         _outputs(plan, q, k, v, g, strength, shared, o, scale)
     return (o, *(final if want_final else (None, None))), shared, (hk0, hv0)
 
@@ -63,9 +62,9 @@ def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, o: Tensor, scale: 
     )  # fmt: skip
 
 
-def _states(plan: Plan, q, k, v, kept, until, hk0, hv0, hk, hv, final) -> None:
+def _states(plan: Plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final) -> None:
     plan.walk(
-        forward.states_forward, plan.tiles.states, q, (k, v, kept, until, hk0, hv0, hk, hv, *final),
+        forward.states_forward, plan.tiles.states, q, (k, v, scaled, until, hk0, hv0, hk, hv, *final),
         HAS_INITIAL=hk0 is not None, WANT_FINAL=final[0] is not None,
     )  # fmt: skip
 
@@ -81,7 +80,7 @@ def backward_pass(
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     *gates, p, lse, hk, hv = shared
-    until, _, kept, _, _ = gates
+    until, scaled, _ = gates
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read_p = torch.empty_like(p)
     dg, ds = torch.empty_like(g, dtype=torch.float32), None if s is None else torch.empty_like(s)
@@ -92,7 +91,7 @@ def backward_pass(
         if hk is None:
             last_use = True
             hk, hv = plan.states(q)
-            _states(plan, q, k, v, kept, until, hk0, hv0, hk, hv, (None, None))
+            _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, (None, None))
         # Peak memory: dv is written last of all, and where Ṽ's states were, their gradients may come to lie.
         dhk, dl, read_dl = _within(dv, hk, p, p)
         dhv = hv if last_use and exchange is None else torch.empty_like(hv)
@@ -159,10 +158,10 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
     plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
     (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
     *gates, h = shared
-    until, _, kept, _, _ = gates
+    until, scaled, _ = gates
     with torch.cuda.device_of(q):
         plan.prepare(g, k, gates)
-        _states(plan, q, v, v, kept, until, h0, h0, h, h, (hT, hT))
+        _states(plan, q, v, v, scaled, until, h0, h0, h, h, (hT, hT))
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
             (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), exact=True, KEEP=False,

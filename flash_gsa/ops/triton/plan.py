@@ -21,6 +21,7 @@ OVER_GATES = Tile(0, 4, 1)
 # `gates_backward` for chunks of two blocks holds more at once, and two programs would fill a multiprocessor. With 168
 # registers for a thread three do: 36 µs at the 1.3B layer, not 39.
 OVER_TWO_BLOCKS = Tile(0, 4, 1, 168)
+EXACT = {"enable_fp_fusion": False}
 # How many sizes a process remembers.
 KEPT = 256
 
@@ -156,18 +157,17 @@ class Plan:
         )
 
     def gate_tensors(self, g: Tensor) -> tuple[Tensor, ...]:
-        """Room for until, shrunk, kept, level, levels: see `gates.prepare`."""
+        """Room for until, scaled and levels: see `gates.prepare`."""
         return (
             torch.empty_like(g, dtype=self.sum_dtype),
             torch.empty_like(g, dtype=self.state_dtype),
-            torch.empty_like(g, dtype=self.state_dtype),
-            torch.empty_like(g, dtype=torch.int8),
             g.new_empty(self.chunks.count, self.blocks, self.H, self.slot_slices, dtype=torch.int32),
         )
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
-        """Fill `gate_tensors`."""
-        self._launch(gates.prepare, out[-1].numel(), (g, s, *out, *self.tables[0]), {"BS": self.slice}, OVER_GATES)
+        """Fill `gate_tensors`; exact, as `launch` has it, because `outputs` makes some of the same numbers."""
+        arguments = (g, s, *out, *self.tables[0])
+        self._launch(gates.prepare, out[-1].numel(), arguments, {"BS": self.slice}, OVER_GATES, **EXACT)
 
     def over_gates(self, kernel, arguments, **constants) -> None:
         """Launch a kernel over chunks, heads and slices of slots that only touches gates."""
@@ -197,7 +197,7 @@ class Plan:
         a number taken from itself leaves nothing (dp from its mean, where the softmax is at one slot).
         """
         constants["BD"] = tile.BD
-        options = {"enable_fp_fusion": False} if exact else {}
+        options = EXACT if exact else {}
         arguments = (*arguments, *self.tables[0], *scales)
         self._launch(kernel, self.chunks.count * programs, arguments, constants, tile, **options)
 
