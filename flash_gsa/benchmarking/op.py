@@ -76,15 +76,15 @@ class Task:
     arguments: tuple[Any, ...]
     known: Result
 
-    def turn(self, suite: Suite) -> int:
-        """Peers that tune themselves for minutes come last, one family of shapes after the other, the main one first.
-
-        So a limit of time cuts them and nothing else.
+    def turn(self, suite: Suite) -> tuple[bool, int]:
+        """What comes first: a limit of time is to cut time against length and starts before shapes and layers, and of
+        each of these peers that tune themselves for minutes, one family of shapes after the other, the main one first.
         """
+        later = self.part in ("lengths", "cold_start")
         if self.known.get("implementation") != "fla":
-            return 0
+            return later, 0
         families = [suite.sweep.name, *(shape.name for shape in suite.shapes)]
-        return 1 + families.index(self.known["shape"]["name"])
+        return later, 1 + families.index(self.known["shape"]["name"])
 
 
 def benchmark(

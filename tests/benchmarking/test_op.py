@@ -26,11 +26,17 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     asked = [name for _, name, _ in worker.asked]
     ours = {"auto", "recompute", "triton", "chunk", "separate"}
     assert set(asked) == ours | {"sdpa-cudnn", "sdpa-flash", "fla", "copy"}
-    first = asked.index("fla")
-    assert set(asked[first:]) == {"fla"}
-    # Of FLA, all at one family of shapes before it tunes itself for the next.
-    families = [shape.name for _, _, shape in worker.asked[first:]]
-    assert families == sorted(families, key=["1.3B", "7B", "340M"].index)
+    # Time against length comes after all the rest, and in both FLA comes last.
+    sweep = SUITES["gpu"].sweep_shapes()
+    lengths = next(i for i, (_, _, shape) in enumerate(worker.asked) if shape.T == min(s.T for s in sweep))
+    for part in (worker.asked[:lengths], worker.asked[lengths:]):
+        names = [name for _, name, _ in part]
+        fla = part[names.index("fla") :]
+        assert {name for _, name, _ in fla} == {"fla"}
+        # All at one family of shapes before it tunes itself for the next.
+        families = [shape.name for _, _, shape in fla]
+        assert families == sorted(families, key=["1.3B", "7B", "340M"].index)
+    assert {shape for _, _, shape in worker.asked[lengths:]} == set(sweep)
     assert len(lines) == len(worker.asked) + 2
     assert lines[0].startswith(f"[1/{len(lines)}] ceilings: 1e+03 GB/s")
     for part, expected in (
