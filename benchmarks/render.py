@@ -27,7 +27,7 @@ BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FILES = {
     "op_gpu-summary": "op_gpu",
-    "op_gpu_alone-lengths": "op_gpu_alone",
+    "op_gpu-lengths": "op_gpu",
     "train_gpu-summary": "train_gpu",
     "operator_memory": "operator_bytes",
 }
@@ -333,8 +333,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "op_gpu-summary": summary,
-    "op_gpu_alone": operator,
-    "op_gpu_alone-lengths": lengths,
+    "op_gpu-lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,
     "kernel_steps": kernel_steps,
