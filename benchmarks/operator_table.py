@@ -34,7 +34,15 @@ def operator(result: dict[str, Any]) -> str:
             row += [_times_faster(own, _timed(records.get(other)), key)] if other else []
             rows.append(row + [_memory(records.get(name), key) for name in with_memory])
     times = table(header, rows) if rows else ""
-    parts = (times, _recomputed(shapes), _problems(shapes), *_layers(result), _decoding(result), _sentences(result))
+    parts = (
+        times,
+        _in_graphs(shapes),
+        _recomputed(shapes),
+        _problems(shapes),
+        *_layers(result),
+        _decoding(result),
+        _sentences(result),
+    )
     parts = (*parts, told(result["about"]))
     return "\n\n".join(part for part in parts if part)
 
@@ -117,6 +125,27 @@ def _bound_by_launches(one: dict[int, dict[str, Any]]) -> list[str]:
     bound = f"Launches from the host bound one sequence ({WAITING:.0%} and more above its graph): "
     unfilled = "What a graph takes a token more than a longer sequence is a chip that is not full."
     return [f"{bound}{', '.join(said) or 'at no length'}. {unfilled}"]
+
+
+def _in_graphs(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The same times in CUDA graphs, where no processor is waited for."""
+    found = {
+        label: {name: records[name]["in_graph"] for name in LAYERS if "in_graph" in (_timed(records.get(name)) or {})}
+        for label, records in shapes.items()
+    }
+    found = {label: costs for label, costs in found.items() if "auto" in costs}
+    names = [name for name in ("auto", "fla") if any(name in costs for costs in found.values())]
+    rows = []
+    for label, costs in found.items():
+        for passes, key in PASSES:
+            row = [label if key == "forward" else "", passes, *(_cell_of(costs.get(name), key) for name in names)]
+            rows.append([*row, *([_times_faster(costs["auto"], costs.get("fla"), key)] if "fla" in names else [])])
+    faster = [f"faster than {NAMES['fla']}"] if "fla" in names else []
+    return table(["ms, in a CUDA graph", "", *(NAMES[name] for name in names), *faster], rows) if rows else ""
+
+
+def _cell_of(costs: dict[str, Any] | None, key: str) -> str:
+    return milliseconds(costs[key]) if costs else "–"
 
 
 def _recomputed(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:

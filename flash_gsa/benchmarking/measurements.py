@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -90,7 +91,7 @@ def measure_shape(
         full_gradients: check the gradients at the full size too, not only o and the final states.
         beside_auto: "auto" is measured as well, so that its backend need not be measured by name.
         in_graph: on a GPU also the times of both in a CUDA graph, as `in_graph` of the record: what the device takes
-            when it never waits for launches.
+            when it never waits for launches. What cannot be captured has none, and `graph_problem` says why.
     """
     place, candidate = open_device(device), implementation(name)
     if reason := candidate.reason_against(shape, place):
@@ -127,10 +128,19 @@ def measure_shape(
     ):
         record[label] = asdict(stopwatch.cost(call)) | ({"least_bytes": least} if candidate.gated_slots else {})
     if in_graph and place.type == "cuda":
-        calls = {"forward": forward, "forward_backward": both}
+        add_graph(record, {"forward": forward, "forward_backward": both}, stopwatch, place)
+    return record
+
+
+def add_graph(
+    record: dict[str, Any], calls: dict[str, Callable[[], Any]], stopwatch: Stopwatch, place: torch.device
+) -> None:
+    """Add the times of `calls` in CUDA graphs to the record, or why there are none: a call that waits, say."""
+    try:
         costs = {label: stopwatch.cost(captured(call, place)) for label, call in calls.items()}
         record["in_graph"] = {label: asdict(replace(cost, peak_bytes=None)) for label, cost in costs.items()}
-    return record
+    except RuntimeError as error:
+        record["graph_problem"] = str(error).splitlines()[0]
 
 
 def synchronize(device: torch.device) -> None:

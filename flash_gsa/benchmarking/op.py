@@ -18,6 +18,8 @@ from .shapes import SUITES, Shape, Suite
 from .worker import Failed, TookTooLong, Worker
 
 PARTS = ("ceilings", "shapes", "layer", "decoding", "lengths", "cold_start")
+IN_GRAPH = ("auto", "fla")
+"""Timed in a CUDA graph too, where a slow processor bounds neither."""
 
 Result = dict[str, Any]
 
@@ -165,7 +167,10 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
                 if not options.peers and shape.name not in suite.families.get(name, shape.name):
                     continue
                 beside_auto = "auto" in names and name in here["backends"]
-                yield _task("shapes", measurements.measure_shape, device, name, shape, *how, True, beside_auto)
+                in_graph = name in IN_GRAPH and shape.tokens <= suite.graph_tokens
+                yield _task(
+                    "shapes", measurements.measure_shape, device, name, shape, *how, True, beside_auto, in_graph
+                )
     if "layer" in parts:
         layers = [shape for shape in suite.layers if shape in chosen]
         asked = options.peers or suite.layer_implementations

@@ -10,6 +10,7 @@ from flash_gsa.benchmarking import gate, implementations, measurements
 from flash_gsa.benchmarking.implementations import Softmax, implementation, layer_inputs, measured_dtype
 from flash_gsa.benchmarking.rounded import rounded_products
 from flash_gsa.benchmarking.shapes import Shape
+from flash_gsa.benchmarking.timing import Stopwatch
 from flash_gsa.ops import registry
 
 SHAPE = Shape("gate", B=2, T=300, HQ=2, H=2, K=8, V=8, M=8)
@@ -208,6 +209,18 @@ def test_right_implementations_pass_on_a_gpu(name):
     assert gate.small_errors(candidate, shape, device).problem is None
     for gradients in (True, False):
         assert gate.full_size_errors(candidate, shape, device, gradients).problem is None
+
+
+def test_what_cannot_be_captured_is_told(monkeypatch):
+    def captured(run, place):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(measurements, "captured", captured)
+    record = {"forward": {}}
+    calls = dict.fromkeys(("forward", "forward_backward"), lambda: None)
+    cpu = torch.device("cpu")
+    measurements.add_graph(record, calls, Stopwatch(cpu, 0.01, 1), cpu)
+    assert record == {"forward": {}, "graph_problem": "operation not permitted when stream is capturing"}
 
 
 @pytest.mark.gpu

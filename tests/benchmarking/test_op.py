@@ -28,7 +28,8 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert set(asked) == ours | {"sdpa-cudnn", "sdpa-flash", "fla", "copy"}
     # Time against length comes after all the rest, and in both FLA comes last.
     sweep = SUITES["gpu"].sweep_shapes()
-    lengths = next(i for i, (_, _, shape) in enumerate(worker.asked) if shape.T == min(s.T for s in sweep))
+    shortest = min(s.T for s in sweep)
+    lengths = next(i for i, (_, _, shape) in enumerate(worker.asked) if shortest == shape.T)
     for part in (worker.asked[:lengths], worker.asked[lengths:]):
         names = [name for _, name, _ in part]
         fla = part[names.index("fla") :]
@@ -51,6 +52,9 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert sweep == {(s.B, s.T) for s in SUITES["gpu"].sweep_shapes()}
     in_graph = {(r["implementation"], r["shape"]["B"] * r["shape"]["T"]) for r in result["lengths"] if "in_graph" in r}
     assert in_graph == {("auto", tokens) for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768)}
+    in_graph = {(r["implementation"], r["shape"]["label"]) for r in result["shapes"] if "in_graph" in r}
+    short = ("1.3B-8x2048", "1.3B-1x16384", "7B-4x4096", "340M-8x2048")
+    assert in_graph == {(name, label) for name in ("auto", "fla") for label in short} - {("fla", "340M-8x2048")}
 
 
 def test_layers_of_chosen_shapes_by_chosen_peers():

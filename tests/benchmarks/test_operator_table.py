@@ -23,7 +23,13 @@ def test_times_memory_and_ratios(monkeypatch):
     assert forward == ["1.3B-8x2048", "forward", "0.0164", "0.164", "0.819", "0.328", "0.0819", "**5.0×**", "1", "1"]
     assert backward[1:5] == ["+ backward", "0.0492", "0.492", "2.46"]
     assert backward[8:] == ["4", "4"]
-    by_name = {row[0]: row for row in rest if row[0]}
+    graphs = next(i for i, row in enumerate(rest) if row[0] == "ms, in a CUDA graph")
+    assert rest[graphs] == ["ms, in a CUDA graph", "", "flash-gsa", "FLA", "faster than FLA"]
+    assert rest[graphs + 1] == ["1.3B-8x2048", "forward", "0.164", "0.819", "**5.0×**"]
+    (first, second), *_ = [rest[i : i + 2] for i, row in enumerate(rest) if i > graphs and row[0] == "340M-8x2048"]
+    assert first == ["340M-8x2048", "forward", "0.164", "–", "–"]  # FLA's values were wrong there
+    assert second[1:] == ["+ backward", "0.492", "–", "–"]
+    by_name = {row[0]: row for row in reversed(rest) if row[0]}
     assert by_name["7B-4x4096"][6] == "failed"
     assert by_name["340M-8x2048"][4] == "wrong"
     assert by_name["340M-8x2048"][7] == "–"
