@@ -47,6 +47,11 @@ def operator(result: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def graphs(result: dict[str, Any]) -> str:
+    """Of such a result what CUDA graphs took."""
+    return "\n\n".join([_in_graphs(_by_label(result["shapes"])), told(result["about"])])
+
+
 def summary(result: dict[str, Any]) -> str:
     """Of the same result: forward and backward at each shape, beside each of the others."""
     shapes = _by_label(result["shapes"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import bytes_table
 from benchmarks.markdown import minutes, table, told
-from benchmarks.operator_table import lengths, operator, summary
+from benchmarks.operator_table import graphs, lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
 from benchmarks.scaling import CONFIGURATIONS
 from benchmarks.training_table import training, training_summary
@@ -333,6 +333,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_cpu": operator,
     "op_gpu": operator,
     "op_gpu-summary": summary,
+    "op_gpu_graphs": graphs,
     "op_gpu-lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,

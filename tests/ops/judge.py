@@ -237,7 +237,7 @@ def _rows(name: str, y: Tensor) -> int:
     and gradients of vectors and states, else of one."""
     of_states = ("hv", "dhv", "final", "dstate")
     widths = dict.fromkeys(("hk", "dhk"), 2) | dict.fromkeys(("o", "dq", "dk", "dv", *of_states), -1)
-    return y.numel() // y.shape[widths[name]] if name in widths else y.numel()
+    return y.numel() // y.shape[widths[name]] if name in widths and y.numel() else y.numel()
 
 
 def distance(x: Tensor, y: Tensor) -> float:
