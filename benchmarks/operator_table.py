@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.markdown import table, told
+from flash_gsa.benchmarking.op import IN_GRAPH
 from flash_gsa.benchmarking.plots import STYLES
 from flash_gsa.benchmarking.report import NAMES, OPERATIONS, digits, milliseconds, peak, ran, rate, verdict
 
@@ -133,24 +134,23 @@ def _bound_by_launches(one: dict[int, dict[str, Any]]) -> list[str]:
 
 
 def _in_graphs(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The same times in CUDA graphs, where no processor is waited for."""
-    found = {
-        label: {name: records[name]["in_graph"] for name in LAYERS if "in_graph" in (_timed(records.get(name)) or {})}
-        for label, records in shapes.items()
-    }
-    found = {label: costs for label, costs in found.items() if "auto" in costs}
-    names = [name for name in ("auto", "fla") if any(name in costs for costs in found.values())]
-    rows = []
-    for label, costs in found.items():
+    """The same times in CUDA graphs, where no processor is waited for; and why there are none."""
+    rows, problems = [], []
+    for label, records in shapes.items():
+        costs = {name: record.get("in_graph") for name, record in records.items()}
+        problems += [
+            f"{NAMES[name]} at {label} in a CUDA graph: {record['graph_problem']}."
+            for name, record in records.items()
+            if "graph_problem" in record
+        ]
+        if not costs["auto"]:
+            continue
         for passes, key in PASSES:
-            row = [label if key == "forward" else "", passes, *(_cell_of(costs.get(name), key) for name in names)]
-            rows.append([*row, *([_times_faster(costs["auto"], costs.get("fla"), key)] if "fla" in names else [])])
-    faster = [f"faster than {NAMES['fla']}"] if "fla" in names else []
-    return table(["ms, in a CUDA graph", "", *(NAMES[name] for name in names), *faster], rows) if rows else ""
-
-
-def _cell_of(costs: dict[str, Any] | None, key: str) -> str:
-    return milliseconds(costs[key]) if costs else "–"
+            cells = [milliseconds(costs[name][key]) if costs.get(name) else "–" for name in IN_GRAPH]
+            title = label if key == "forward" else ""
+            rows.append([title, passes, *cells, _times_faster(costs["auto"], costs.get("fla"), key)])
+    header = ["ms, in a CUDA graph", "", *(NAMES[name] for name in IN_GRAPH), f"faster than {NAMES['fla']}"]
+    return "\n\n".join([*([table(header, rows)] if rows else []), *([" ".join(problems)] if problems else [])])
 
 
 def _recomputed(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -27,7 +27,6 @@ BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FILES = {
     "op_gpu-summary": "op_gpu",
-    "op_gpu-lengths": "op_gpu",
     "train_gpu-summary": "train_gpu",
     "operator_memory": "operator_bytes",
 }
@@ -334,7 +333,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_gpu": operator,
     "op_gpu-summary": summary,
     "op_gpu_graphs": graphs,
-    "op_gpu-lengths": lengths,
+    "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,
     "kernel_steps": kernel_steps,

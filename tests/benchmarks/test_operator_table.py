@@ -23,6 +23,7 @@ def test_times_memory_and_ratios(monkeypatch):
     assert forward == ["1.3B-8x2048", "forward", "0.0164", "0.164", "0.819", "0.328", "0.0819", "**5.0×**", "1", "1"]
     assert backward[1:5] == ["+ backward", "0.0492", "0.492", "2.46"]
     assert backward[8:] == ["4", "4"]
+    assert "in a CUDA graph:" not in text
     graphs = next(i for i, row in enumerate(rest) if row[0] == "ms, in a CUDA graph")
     assert rest[graphs] == ["ms, in a CUDA graph", "", "flash-gsa", "FLA", "faster than FLA"]
     assert rest[graphs + 1] == ["1.3B-8x2048", "forward", "0.164", "0.819", "**5.0×**"]
@@ -39,6 +40,14 @@ def test_times_memory_and_ratios(monkeypatch):
     assert "takes 20 s with empty caches and 5 s with filled ones" in text
     assert "1,000 GB/s" in text
     assert text.splitlines()[-1].startswith("`flash-gsa bench op` · made-up GPU")
+
+
+def test_what_no_graph_could_be_made_of_is_told(monkeypatch):
+    result = made_up_result(monkeypatch)
+    for record in result["shapes"]:
+        if record["implementation"] == "fla" and record.pop("in_graph", None):
+            record["graph_problem"] = "it waits"
+    assert "FLA at 7B-4x4096 in a CUDA graph: it waits." in operator(result)
 
 
 def test_the_summary_is_one_line_a_shape(monkeypatch):

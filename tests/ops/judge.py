@@ -158,7 +158,9 @@ def o_alone(o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o, o.new_zeros(0), o.new_zeros(0)
 
 
-def verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8, final: bool = True) -> None:
+def verdict(
+    result: Tensors, x: Tensors, case: Case, *, units: int = 8, final: bool = True, alike: bool = False
+) -> None:
     """Every result and gradient is finite and at most twice as far from `truth` as `plain` is, in the Euclidean norm.
 
     `plain` may hit a few numbers by luck. So nothing has to be nearer than
@@ -173,20 +175,21 @@ def verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8, final: b
 
     The final states have no floor in the inputs' dtype: they are float32, and are not to be rounded on their way. Of n
     rows they may be 1/√n times as much farther than that: in one row few weights count, those of the last tokens, and
-    `plain`, which rounds other numbers, may be lucky with them.
+    `plain`, which rounds other numbers, may be lucky with them. Where gates are strong and all `alike`, one number,
+    1 - e^g, decides however many rows there are: `plain` rounds that, we a multiple of it; they have the floor there.
     """
     exact, written = truth_and_sums(x, case, final)
     moved = (exact["dv"] * x["v"].double()).norm()
     differences = {"dq": moved, "dhk": moved, "dg": moved + written}
-    compare(result, exact, plain(x, case, final), x["q"].dtype, moved, differences, units)
+    compare(result, exact, plain(x, case, final), x["q"].dtype, moved, differences, units, alike)
 
 
-def linear_verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8) -> None:
+def linear_verdict(result: Tensors, x: Tensors, case: Case, *, units: int = 8, alike: bool = False) -> None:
     """The same of gated linear attention. dg alone is a difference of sums there, Σ_{t≥i} q_t ∘ dq_t and the same of
     k ∘ dk."""
     exact, usual = (linear_results(x, case, dtype) for dtype in (torch.float64, x["q"].dtype))
     moved = _from_each_token(exact["dk"] * x["k"].double(), case).norm()
-    compare(result, exact, usual, x["q"].dtype, moved, {"dg": moved}, units)
+    compare(result, exact, usual, x["q"].dtype, moved, {"dg": moved}, units, alike)
 
 
 def truth_and_sums(x: Tensors, case: Case, final: bool) -> tuple[Tensors, Tensor]:
@@ -205,7 +208,7 @@ def _from_each_token(y: Tensor, case: Case) -> Tensor:
     return torch.cat([part.flip(1).cumsum(1) for part in parts], 1)
 
 
-def compare(result, exact, usual, dtype, moved, differences, units) -> None:
+def compare(result, exact, usual, dtype, moved, differences, units, alike) -> None:
     """`verdict`, given truth and plain; `moved` is the size of what gradients are sums of, `differences` maps the names
     of those that lose more of it to the size of what they are the differences of."""
     assert result.keys() == exact.keys()
@@ -224,6 +227,7 @@ def compare(result, exact, usual, dtype, moved, differences, units) -> None:
         lost, rows = (usual[name].double() - want).norm(), max(1, _rows(name, want))
         if name in ("hk", "hv", "final"):
             lost = lost * (1 + 1 / rows**0.5)
+            floor = max(floor, half * size if alike else 0.0)
         else:
             floor = max(floor, (1 + 2 / rows**0.5) * half * (size + differences.get(name, 0.0)))
         error, allowed = (y.double() - want).norm(), max(2 * lost, floor)

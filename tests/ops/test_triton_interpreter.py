@@ -437,6 +437,16 @@ else:
         x["g"] = forgetting(place, x["g"], 64)
         judge.verdict(run("triton", x, TWO_BLOCKS), x, TWO_BLOCKS, units=STRONG)
 
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    @pytest.mark.parametrize("spread", [0.0, 0.3])
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_16_bit_formats_with_many_strong_gates(spread, dtype):
+        """A last block of 8 tokens, in which no slot forgets so much that its weights have another reference."""
+        case = Case(T=72, B=1, HQ=2, H=2, K=16, V=20, M=32)
+        x = rounded(make(case), dtype)
+        x["g"][..., ::2] = -3.0 - spread * torch.rand(x["g"][..., ::2].shape)
+        judge.verdict(run("triton", x, case), x, case, units=STRONG, alike=spread == 0.0)
+
     @pytest.mark.usefixtures("as_on_a_gpu")
     def test_float16_needs_operands_rounded_to_tf32(monkeypatch):
         for module in (chunks, forward, backward):

@@ -21,6 +21,7 @@ OVER_GATES = Tile(0, 4, 1)
 # `gates_backward` for chunks of two blocks holds more at once, and two programs would fill a multiprocessor. With 168
 # registers for a thread three do: 36 µs at the 1.3B layer, not 39.
 OVER_TWO_BLOCKS = Tile(0, 4, 1, 168)
+# A kernel's options: no multiplication is fused with an addition, see `Plan.launch`.
 EXACT = {"enable_fp_fusion": False}
 # How many sizes a process remembers.
 KEPT = 256
