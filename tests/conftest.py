@@ -16,6 +16,12 @@ pytest_plugins = ["tests.record"]  # --record FILE
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of several GPUs each process of pytest-xdist takes another one first, and still sees the others.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.device_count()) > 1:
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    turn = int(worker.removeprefix("gw")) % count
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[turn:] + devices[:turn])
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -38,7 +44,7 @@ def _gpu_memory_for_others(request):
 
 @pytest.fixture
 def gpu_room(tmp_path_factory):
-    """gpu_room(gib): wait until so much of the GPU's memory is free; one test at a time, of all processes."""
+    """gpu_room(gib): wait until so much of the GPU's memory is free; one test at a time, of all with this GPU first."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
@@ -49,7 +55,8 @@ def gpu_room(tmp_path_factory):
                 pytest.skip(f"needs {gib:g} GiB of free GPU memory")
             time.sleep(0.2)
 
-    with FileLock(shared_folder(tmp_path_factory) / "gpu_room.lock"):
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    with FileLock(shared_folder(tmp_path_factory) / f"gpu_room{first}.lock"):
         yield wait
 
 

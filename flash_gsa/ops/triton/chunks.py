@@ -113,6 +113,19 @@ def mm(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
+def add_product(total, a, b, left, PRECISION: tl.constexpr):
+    """total + a b, in float32 with the sums of a b apart: one after the other, 512 products lose digits that a softmax
+    of large logits passes on. left: of the block's tokens, more than 0."""
+    if PRECISION == "ieee":
+        # 0, unknown to the compiler: what is added to a product that began at 0, it would begin the product with.
+        nothing = tl.where(left > 0, 0.0, 1.0)
+        total += mm(a, b, tl.zeros(total.shape, tl.float32) + nothing, PRECISION=PRECISION)
+    else:
+        total = mm(a, b, total, PRECISION=PRECISION)
+    return total
+
+
+@triton.jit
 def load_rows(x, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """x[0:ROWS, d:d+BD] of rows STRIDE apart, each D long; 0 from row `left` on and outside of the row."""
     rows, od = tl.arange(0, ROWS), d + tl.arange(0, BD)
@@ -208,11 +221,11 @@ def products(
         xd = load_rows(x, left, d, BT, X_STRIDE, D, BD)
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
         hd = load_rows(state, M, d, BM, D, D, BD)
-        scores = mm(xd, tl.trans(yd), scores, PRECISION=PRECISION)
+        scores = add_product(scores, xd, tl.trans(yd), left, PRECISION)
         if C > BT:
             zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
-            far = mm(xd, tl.trans(zd), far, PRECISION=PRECISION)
-        old = mm(xd.to(DOT), tl.trans(hd.to(DOT)), old, PRECISION=PRECISION)
+            far = add_product(far, xd, tl.trans(zd), left, PRECISION)
+        old = add_product(old, xd.to(DOT), tl.trans(hd.to(DOT)), left, PRECISION)
     ot = tl.arange(0, BT)
     near = tl.where(ot[:, None] >= ot[None, :], scores * factor, 0.0).to(DOT)
     if C > BT:
