@@ -208,7 +208,7 @@ def _from_each_token(y: Tensor, case: Case) -> Tensor:
     return torch.cat([part.flip(1).cumsum(1) for part in parts], 1)
 
 
-def compare(result, exact, usual, dtype, moved, differences, units, alike) -> None:
+def compare(result, exact, usual, dtype, moved, differences, units, alike=False) -> None:
     """`verdict`, given truth and plain; `moved` is the size of what gradients are sums of, `differences` maps the names
     of those that lose more of it to the size of what they are the differences of."""
     assert result.keys() == exact.keys()
