@@ -72,7 +72,7 @@ def op(
         float | None,
         typer.Option(
             help="Give up what is not measured after so many minutes; peers that tune themselves come last.",
-            metavar="MINUTES",
+            metavar="N",
             show_default="no end",
         ),
     ] = None,
@@ -196,7 +196,7 @@ def train(
         float | None,
         typer.Option(
             help="Give up what is not measured after so many minutes; FLA, which tunes itself, comes last.",
-            metavar="MINUTES",
+            metavar="N",
             show_default="no end",
         ),
     ] = None,
