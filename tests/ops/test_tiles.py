@@ -140,17 +140,19 @@ if not INTERPRETED:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-        tiles.architecture.cache_clear()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        tiles._capability.cache_clear()
         yield asked
-        tiles.architecture.cache_clear()
+        tiles._capability.cache_clear()
 
     def test_each_device_is_asked_for_its_architecture_once(asked):
         for _ in range(3):
             chosen = [tiles.choose(FP32, 64, 64, 100, 1, torch.device(f"cuda:{i}")) for i in (0, 1)]
         assert chosen == [find_row((8, 6), FP32, 100, 64, 1).tiles, find_row(HOPPER, FP32, 100, 64, 1).tiles]
         assert asked == ["cuda:0", "cuda:1"]
-        for elsewhere in ("cpu", "meta"):
-            assert tiles.architecture(torch.device(elsewhere)) == HOPPER
+        # Without memory: what is compiled for the current device.
+        assert tiles.architecture(torch.device("meta")) == (8, 6)
+        assert tiles.architecture(torch.device("cpu")) == HOPPER
 
     def test_tensors_without_memory_get_the_tiles_of_their_device(asked):
         """torch.compile sizes what kernels share by them."""

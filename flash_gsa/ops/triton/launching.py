@@ -49,7 +49,8 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> Any:
     """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
 
     Args:
-        arguments: tensors, numbers and None, in the kernel's order; the first is a tensor on the current device.
+        arguments: tensors, numbers and None, in the kernel's order; the first is a tensor on the current device, or
+            one without memory ("meta"): then the kernel is compiled for that device and not run.
     """
     values, kinds = [], [arguments[0].device]
     for x in arguments:
@@ -82,6 +83,8 @@ def run(
 
 
 def _compile(variant: Variant, programs: int, arguments: tuple, key: tuple) -> Any:
+    if arguments[0].is_meta:
+        return variant.kernel.warmup(*arguments, grid=(programs,), **variant.told)
     compiled = variant.kernel[(programs,)](*arguments, **variant.told)
     if compiled is not None:
         names = variant.kernel.arg_names[len(arguments) :]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import backward, forward
+from . import ahead, backward, forward
 from .plan import Plan, cdiv, plan_for
 
 
@@ -25,6 +25,8 @@ def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bo
 def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
     """((o, hkT, hvT), what the backward needs); the last two of the latter are the states before every chunk."""
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+    given = (q, k, v, g, s, hk0, hv0, cu_seqlens)
+    ahead.rehearse(plan, (want_final, keep, hk0 is not None), given, partial(_rehearsal, scale, want_final, keep))
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, want_final, keep)
     until, scaled, *_, hk, hv = shared
@@ -33,6 +35,13 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
         _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, results[1:])
         _outputs(plan, q, k, v, g, strength, shared, results[0], scale)
     return results, shared
+
+
+def _rehearsal(scale: float, want_final: bool, keep: bool, q, k, v, g, s, hk0, hv0, cu_seqlens) -> None:
+    """A forward and, with `keep`, a backward of tensors without memory."""
+    (o, hkT, hvT), shared = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep)
+    if keep:
+        backward_pass(q, k, v, g, s, hk0, hv0, shared, o, hkT, hvT, cu_seqlens, scale)
 
 
 def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool, exchange):
@@ -156,6 +165,9 @@ def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -
 def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
     """((o, hT), what the backward needs)."""
     plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
+    given = (q, k, v, g, h0, cu_seqlens)
+    keep = any(x is not None and x.requires_grad for x in given)
+    ahead.rehearse(plan, (want_final, keep, h0 is not None), given, partial(_linear_rehearsal, scale, want_final, keep))
     (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
     *gates, h = shared
     until, scaled, _ = gates
@@ -167,6 +179,13 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
             (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), exact=True, KEEP=False,
         )  # fmt: skip
     return (o, hT), shared
+
+
+def _linear_rehearsal(scale: float, want_final: bool, keep: bool, q, k, v, g, h0, cu_seqlens) -> None:
+    """`_rehearsal` of gated linear attention."""
+    (o, hT), shared = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
+    if keep:
+        linear_backward_pass(q, k, v, g, h0, shared, o, hT, cu_seqlens, scale)
 
 
 def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: float):

@@ -92,6 +92,7 @@ class Plan:
         self.slice = min(32, BM)
         self.slot_slices = cdiv(self.M, self.slice)
         self._variants: dict[tuple, launching.Variant] = {}
+        self.rehearsed: set[tuple[bool, ...]] = set()  # see `ahead`
         self.constants = {
             "H": self.H,
             "R": self.R,

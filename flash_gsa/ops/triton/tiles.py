@@ -176,11 +176,16 @@ def find_row(architecture: tuple[int, int], precision: torch.dtype, M: int, widt
     return next(row for row in TABLE if row.covers(architecture, precision, M, width, R))
 
 
-@functools.cache
 def architecture(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; elsewhere, as in the interpreter, that of the first rows."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Compute capability of a CUDA device, of tensors without memory ("meta") that of the current one; elsewhere, as in
+    the interpreter, that of the first rows."""
+    if device.type not in ("cuda", "meta") or not torch.cuda.is_available():
         return HOPPER
+    return _capability(device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device()))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
