@@ -15,6 +15,25 @@ WAITING = 0.1
 """By so much a call may take longer than its CUDA graph before it counts as bound by launches."""
 
 
+def combined(result: dict[str, Any], *later: dict[str, Any]) -> dict[str, Any]:
+    """One result of several: of the shapes that a later one has, its records, and its start of a process.
+
+    A command that may take so long only measures some shapes beside FLA; another does the others.
+    """
+    found = result | {"also": [other["about"] for other in later]}
+    for other in later:
+        labels = {record["shape"]["label"] for record in other["shapes"]}
+        kept = [record for record in found["shapes"] if record["shape"]["label"] not in labels]
+        found["shapes"] = kept + other["shapes"]
+        found["cold_start"] = ran(other["cold_start"]) or found["cold_start"]
+    return found
+
+
+def sources(result: dict[str, Any]) -> str:
+    """Where the figures come from: command, device, versions, date and commit of each result."""
+    return "\n\n".join(told(about) for about in (result["about"], *result.get("also", ())))
+
+
 def operator(result: dict[str, Any]) -> str:
     """A result of `flash-gsa bench op`: shapes, layers, decoding, the start of a process, the device at its best."""
     shapes = _by_label(result["shapes"])
@@ -44,29 +63,29 @@ def operator(result: dict[str, Any]) -> str:
         _decoding(result),
         _sentences(result),
     )
-    parts = (*parts, told(result["about"]))
-    return "\n\n".join(part for part in parts if part)
-
-
-def graphs(result: dict[str, Any]) -> str:
-    """Of such a result what CUDA graphs took."""
-    return "\n\n".join([_in_graphs(_by_label(result["shapes"])), told(result["about"])])
+    return "\n\n".join(part for part in (*parts, sources(result)) if part)
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Of the same result: forward and backward at each shape, beside each of the others."""
+    """Of the same result: forward and backward at each shape, beside each of the others; and in CUDA graphs."""
     shapes = _by_label(result["shapes"])
     others = [n for n in STYLES if n != "auto" and any(_timed(records.get(n)) for records in shapes.values())]
-    header = ["forward + backward, ms", NAMES["auto"], *(cell for n in others for cell in (NAMES[n], "")), "MiB"]
+    in_graphs = any(record.get("in_graph") for records in shapes.values() for record in records.values())
+    header = ["forward + backward, ms", NAMES["auto"], *(cell for n in others for cell in (NAMES[n], ""))]
+    header += [*(f"{NAMES[name]}, in a CUDA graph" for name in IN_GRAPH), ""] if in_graphs else []
+    header += ["MiB"]
     rows = []
     for label, records in shapes.items():
-        row = [label, _cell(records["auto"], "forward_backward")]
+        key = "forward_backward"
+        row = [label, _cell(records["auto"], key)]
         for name in others:
             record = records.get(name)
-            row += [_cell(record, "forward_backward")]
-            row += [_times_faster(_timed(records["auto"]), _timed(record), "forward_backward")]
+            row += [_cell(record, key), _times_faster(_timed(records["auto"]), _timed(record), key)]
+        if in_graphs:
+            own, other = (records.get(name, {}).get("in_graph") for name in IN_GRAPH)
+            row += [*(milliseconds(cost[key]) if cost else "–" for cost in (own, other)), _times_faster(own, other, key)]
         rows.append([*row, _memory(records["auto"])])
-    return "\n\n".join([table(header, rows), told(result["about"])])
+    return "\n\n".join([table(header, rows), sources(result)])
 
 
 def lengths(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import bytes_table
 from benchmarks.markdown import minutes, table, told
-from benchmarks.operator_table import graphs, lengths, operator, summary
+from benchmarks.operator_table import combined, lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
 from benchmarks.scaling import CONFIGURATIONS
 from benchmarks.training_table import training, training_summary
@@ -207,12 +207,17 @@ def decode_gpu(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 
+def on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
+    """op_gpu with what other commands measured of the same."""
+    return combined(result, load("op_gpu_more"), load("op_gpu_cold"))
+
+
 def operator_bytes(result: dict[str, Any]) -> str:
-    return bytes_table.moved(result, load("op_gpu"))
+    return bytes_table.moved(result, on_a_gpu(load("op_gpu")))
 
 
 def operator_memory(result: dict[str, Any]) -> str:
-    return bytes_table.held(result, load("op_gpu"))
+    return bytes_table.held(result, on_a_gpu(load("op_gpu")))
 
 
 def drift(result: dict[str, Any]) -> str:
@@ -330,9 +335,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_15m": prose,
     "prose_100m": prose,
     "op_cpu": operator,
-    "op_gpu": operator,
-    "op_gpu-summary": summary,
-    "op_gpu_graphs": graphs,
+    "op_gpu": lambda result: operator(on_a_gpu(result)),
+    "op_gpu-summary": lambda result: summary(on_a_gpu(result)),
     "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,
@@ -345,6 +349,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_gpu": training,
     "train_gpu-summary": training_summary,
     "train_gpu_variants": training,
+    "train_gpu_bf16": training,
     "train_gpu_340m": training,
     "train_gpu_130m": training,
     "context_parallel": context_parallel,
@@ -352,9 +357,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory_sharded": memory,
     "scaling": scaling,
     "test_gpu": gpu_tests,
-    "test_gpu_limits": gpu_tests,
-    "test_gpu_training": gpu_tests,
-    "test_gpu_two": gpu_tests,
+    "test_gpu_rest": gpu_tests,
 }
 
 
