@@ -83,7 +83,10 @@ def summary(result: dict[str, Any]) -> str:
             row += [_cell(record, key), _times_faster(_timed(records["auto"]), _timed(record), key)]
         if in_graphs:
             own, other = (records.get(name, {}).get("in_graph") for name in IN_GRAPH)
-            row += [*(milliseconds(cost[key]) if cost else "–" for cost in (own, other)), _times_faster(own, other, key)]
+            row += [
+                *(milliseconds(cost[key]) if cost else "–" for cost in (own, other)),
+                _times_faster(own, other, key),
+            ]
         rows.append([*row, _memory(records["auto"])])
     return "\n\n".join([table(header, rows), sources(result)])
 

@@ -208,8 +208,9 @@ def decode_gpu(result: dict[str, Any]) -> str:
 
 
 def on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
-    """op_gpu with what other commands measured of the same."""
-    return combined(result, load("op_gpu_more"), load("op_gpu_cold"))
+    """op_gpu with what other commands measured of the same, where there is any."""
+    later = (name for name in ("op_gpu_more", "op_gpu_cold") if (RESULTS / f"{name}.json").exists())
+    return combined(result, *map(load, later))
 
 
 def operator_bytes(result: dict[str, Any]) -> str:

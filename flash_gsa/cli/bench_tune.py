@@ -8,7 +8,7 @@ import typer
 
 CommitOption = Annotated[
     str | None,
-    typer.Option("--commit", help="The commit of the code, where it lies outside a git checkout.", metavar="COMMIT"),
+    typer.Option("--commit", help="The commit of the code, where it lies outside a git checkout.", metavar="HASH"),
 ]
 
 

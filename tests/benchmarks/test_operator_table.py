@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import render
-from benchmarks.operator_table import lengths, operator, summary
+from benchmarks.operator_table import combined, lengths, operator, summary
 from tests.benchmarking.made_up import made_up_result
 
 
@@ -53,12 +53,37 @@ def test_what_no_graph_could_be_made_of_is_told(monkeypatch):
 def test_the_summary_is_one_line_a_shape(monkeypatch):
     heading, first, *rest = rows(summary(made_up_result(monkeypatch)))
     assert heading == [
-        *("forward + backward, ms", "flash-gsa", "FLA", "", "softmax, cuDNN", "", "softmax, flash", "", "MiB"),
+        *("forward + backward, ms", "flash-gsa", "FLA", "", "softmax, cuDNN", "", "softmax, flash", ""),
+        *("flash-gsa, in a CUDA graph", "FLA, in a CUDA graph", "", "MiB"),
     ]
-    assert first == ["1.3B-8x2048", "0.492", "2.46", "**5.0×**", "0.983", "**2.0×**", "0.246", "**0.5×**", "4"]
+    eager = ["1.3B-8x2048", "0.492", "2.46", "**5.0×**", "0.983", "**2.0×**", "0.246", "**0.5×**"]
+    assert first == [*eager, "0.492", "2.46", "**5.0×**", "4"]
     by_name = {row[0]: row for row in rest}
     assert by_name["7B-4x4096"][6:8] == ["failed", "–"]
     assert by_name["340M-8x2048"][2:4] == ["wrong", "–"]
+
+
+def test_what_another_command_measured_takes_its_place(monkeypatch):
+    whole = made_up_result(monkeypatch, command="the first")
+    later = made_up_result(monkeypatch, command="the second")
+    later["shapes"] = [r for r in later["shapes"] if r["shape"]["label"] == "7B-4x4096"]
+    for record in later["shapes"]:
+        cost = {"seconds": 7e-3, "peak_bytes": 3 * 2**20, "least_seconds": 1e-3}
+        record |= {"forward": cost, "forward_backward": cost, "problem": None}
+        record.pop("in_graph", None)
+    later["cold_start"][0]["first"]["seconds"] = 3.0
+    found = combined(whole, later)
+    by_name = {row[0]: row for row in rows(summary(found))}
+    assert by_name["1.3B-8x2048"][1] == "0.492"
+    assert by_name["7B-4x4096"][1:4] == ["7.00", "7.00", "**1.0×**"]
+    assert by_name["7B-4x4096"][-4:] == ["–", "–", "–", "3"]
+    text = operator(found)
+    assert "takes 3 s with empty caches" in text
+    assert [line.split("`")[1] for line in text.splitlines()[-3:] if line] == ["the first", "the second"]
+    # A later one in which there was no time left says nothing of the start.
+    later["cold_start"] = [later["cold_start"][0] | {"problem": "not run: no time left"}]
+    assert "takes 20 s with empty caches" in operator(combined(whole, later))
+    assert whole["shapes"] != found["shapes"], "the first is left as it was"
 
 
 def test_layers_beside_their_projections_and_what_surrounds_the_operator(monkeypatch):

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+
+from flash_gsa.cli import app
 
 COMMANDS = ("demo", "train", "recipes", "report", "eval", "generate", "export", "inspect", "doctor")
 
@@ -45,6 +48,19 @@ def test_help_teaches(run, command):
     assert answer.status == 0
     assert re.search(rf"Examples?:\s+.*flash-gsa {command}", answer.out, re.S)
     assert "[bold]" not in answer.out
+
+
+def test_no_placeholder_repeats_its_option():
+    """typer 0.27 takes such a placeholder for the option's name: `--minutes MINUTES` became `--MINUTES`."""
+    found, left = [], [(["flash-gsa"], typer.main.get_command(app))]
+    while left:
+        path, command = left.pop()
+        left += [([*path, name], below) for name, below in getattr(command, "commands", {}).items()]
+        found += [(path, option) for option in command.params if option.param_type_name == "option"]
+    assert len(found) > 50
+    for path, option in found:
+        assert option.metavar != option.name.upper(), (path, option.name)
+        assert all(name == name.lower() for name in option.opts), (path, option.opts)
 
 
 def test_mistakes_are_told_without_traceback(run):
