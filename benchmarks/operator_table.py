@@ -15,20 +15,6 @@ WAITING = 0.1
 """By so much a call may take longer than its CUDA graph before it counts as bound by launches."""
 
 
-def combined(result: dict[str, Any], *later: dict[str, Any]) -> dict[str, Any]:
-    """One result of several: of the shapes that a later one has, its records, and its start of a process.
-
-    A command that may take so long only measures some shapes beside FLA; another does the others.
-    """
-    found = result | {"also": [other["about"] for other in later]}
-    for other in later:
-        labels = {record["shape"]["label"] for record in other["shapes"]}
-        kept = [record for record in found["shapes"] if record["shape"]["label"] not in labels]
-        found["shapes"] = kept + other["shapes"]
-        found["cold_start"] = ran(other["cold_start"]) or found["cold_start"]
-    return found
-
-
 def sources(result: dict[str, Any]) -> str:
     """Where the figures come from: command, device, versions, date and commit of each result."""
     return "\n\n".join(told(about) for about in (result["about"], *result.get("also", ())))
@@ -245,9 +231,25 @@ def _layers(result: dict[str, Any]) -> list[str]:
             elif operation != "projections":
                 around.append([*title, *(f(records.get(name), key) for name in own for f in (_cell, _rate))])
     titles = ["projections", *(NAMES[name] for name in names), *(f"MiB, {NAMES[name]}" for name in with_memory)]
+    in_graphs = _layers_in_graphs(found, names)
     moved = [title for name in own for title in (NAMES[name], "GB/s (of a copy)")]
     tables = [table(["ms", "", *head], rows) for head, rows in ((titles, whole), (moved, around)) if rows]
+    tables[1:1] = [in_graphs] if in_graphs else []
     return [*tables, _problems({f"{label}, {OPERATIONS[what]}": records for (what, label), records in found.items()})]
+
+
+def _layers_in_graphs(found: dict[tuple[str, str], dict[str, dict[str, Any]]], names: list[str]) -> str:
+    """The whole layer again, in CUDA graphs; results from before there were these have none."""
+    rows = []
+    for (operation, label), records in found.items():
+        costs = [found.get(("projections", label), {}).get("auto"), *(records.get(name) for name in names)]
+        costs = [(record or {}).get("in_graph") for record in costs]
+        if operation == "layer" and any(costs[1:]):
+            for passes, key in PASSES:
+                title = label if key == "forward" else ""
+                rows.append([title, passes, *(milliseconds(cost[key]) if cost else "–" for cost in costs)])
+    header = ["ms, the layer in a CUDA graph", "", "projections", *(NAMES[name] for name in names)]
+    return table(header, rows) if rows else ""
 
 
 def _rate(record: dict[str, Any] | None, key: str) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 
 from benchmarks import bytes_table
 from benchmarks.markdown import minutes, table, told
-from benchmarks.operator_table import combined, lengths, operator, summary
+from benchmarks.operator_table import lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
 from benchmarks.scaling import CONFIGURATIONS
 from benchmarks.training_table import training, training_summary
+from flash_gsa.benchmarking.report import combined
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -23,7 +23,7 @@ from flash_gsa.ops.triton.available import runs_on
 
 from .gate import SMALL_BATCH, TIMES, TIMES_OTHERS, Errors, compare, in_precision
 from .implementations import Tensors, implementation, measured_dtype
-from .measurements import open_device, synchronize
+from .measurements import add_graph, open_device, synchronize
 from .rounded import rounded_products
 from .shapes import Shape
 from .timing import Stopwatch, captured
@@ -106,6 +106,8 @@ def measure_layer(device: str, name: str, shape: Shape, operation: str, budget: 
             record[label] = asdict(cost) | {"least_bytes": least}
         else:
             record[label] = asdict(stopwatch.cost(call))
+    if operation not in SURROUNDINGS and place.type == "cuda":
+        add_graph(record, {"forward": forward, "forward_backward": both}, stopwatch, place)
     return record
 
 

@@ -93,6 +93,20 @@ def ran(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if not (record["problem"] or "").startswith("not run")]
 
 
+def combined(result: Record, *later: Record) -> Record:
+    """One result of `bench op` of several: of the shapes that a later one has, its records; and its start of a process.
+
+    A command that may take only so long measures some shapes beside a peer that tunes itself, another one the others.
+    """
+    found = result | {"also": [other["about"] for other in later]}
+    for other in later:
+        labels = {record["shape"]["label"] for record in other["shapes"]}
+        kept = [record for record in found["shapes"] if record["shape"]["label"] not in labels]
+        found["shapes"] = kept + other["shapes"]
+        found["cold_start"] = ran(other["cold_start"]) or found["cold_start"]
+    return found
+
+
 def tables(result: Record) -> list["Table"]:
     """What ran, one table a part; made for a terminal of 80 columns."""
     made = []

@@ -111,6 +111,8 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 
 _LAYER_1_3B = Shape("1.3B", 8, 2048, HQ=4, H=4, K=512, V=512, M=64)
 _LAYER_340M = Shape("340M", 8, 2048, HQ=4, H=4, K=256, V=256, M=64)
+# 512 sequences of 1 to 63 tokens.
+_SHORT = tuple(1 + 17 * i % 63 for i in range(512))
 _SMALL = Shape("small", 1, 2048, HQ=4, H=4, K=64, V=64, M=64)
 _TINY = Shape("tiny", 1, 64, HQ=2, H=2, K=16, V=16, M=16)
 
@@ -122,6 +124,7 @@ SUITES = {
             replace(_LAYER_1_3B, B=1, T=65536),
             Shape("7B", 4, 4096, HQ=32, H=8, K=128, V=128, M=64),
             _LAYER_340M,
+            replace(_LAYER_1_3B, name="packed", B=1, T=sum(_SHORT), lengths=_SHORT),
         ),
         layers=(_LAYER_1_3B, replace(_LAYER_1_3B, B=1, T=16384), _LAYER_340M),
         sweep=_LAYER_1_3B,
@@ -139,7 +142,7 @@ SUITES = {
         sweep_implementations=("auto", "sdpa-cudnn", "fla"),
         decoding_implementations=("auto", "fla"),
         most_tokens={"reference": 2048},
-        families={"recompute": ("1.3B",)},
+        families={"recompute": ("1.3B",), "fla": ("1.3B", "7B", "340M")},
         budget=0.5,
         repeats=3,
     ),

@@ -260,27 +260,43 @@ def train(
 
 @bench.command("plots")
 def plots(
-    result: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="What `bench op` or `bench train` wrote.", show_default=False),
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE…",
+            help="What `bench op` or `bench train` wrote. Of several of `bench op`, a later one's shapes hold.",
+            show_default=False,
+        ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pictures go (PNG).", show_default=False)],
 ) -> None:
-    """Draw the pictures of a result file again.
+    """Draw the pictures of a result file again, or of several as one.
 
     Example: [bold]flash-gsa bench plots op.json pictures[/bold]
     """
+    found = [_result(file) for file in results]
+    if len(found) > 1:
+        from flash_gsa.benchmarking.report import combined
+
+        for file, result in zip(results, found, strict=True):
+            if not result.keys() >= OF_OPERATOR:
+                raise UsageError(f"{file} is no result of `flash-gsa bench op`; only those are drawn as one")
+        found = [combined(*found)]
+    _draw(found[0], folder)
+
+
+def _result(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(result.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"{result} cannot be read: {error.strerror}; expected what `bench op --output` or `bench train` wrote"
+            f"{file} cannot be read: {error.strerror}; expected what `bench op --output` or `bench train` wrote"
         ) from None
     except ValueError:
         found = None
     if not isinstance(found, dict) or not any(found.keys() >= keys for keys in (OF_OPERATOR, OF_TRAINING)):
-        raise UsageError(f"{result} is no result of `flash-gsa bench op` or `bench train` with --output FILE")
-    _draw(found, folder)
+        raise UsageError(f"{file} is no result of `flash-gsa bench op` or `bench train` with --output FILE")
+    return found
 
 
 bench.command("tune")(tune)

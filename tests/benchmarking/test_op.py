@@ -41,7 +41,7 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert len(lines) == len(worker.asked) + 2
     assert lines[0].startswith(f"[1/{len(lines)}] ceilings: 1e+03 GB/s")
     for part, expected in (
-        ("shapes", 5 * 6 + 3),
+        ("shapes", 5 * 6 + 3 + 5),  # of packed sequences FLA is not asked
         ("layer", 3 * 4 + 2 * 7),
         ("decoding", 4 * 3),
         ("lengths", 18 * 3),
@@ -54,7 +54,8 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     assert in_graph == {("auto", tokens) for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768)}
     in_graph = {(r["implementation"], r["shape"]["label"]) for r in result["shapes"] if "in_graph" in r}
     short = ("1.3B-8x2048", "1.3B-1x16384", "7B-4x4096", "340M-8x2048")
-    assert in_graph == {(name, label) for name in ("auto", "fla") for label in short} - {("fla", "340M-8x2048")}
+    both = {(name, label) for name in ("auto", "fla") for label in short} - {("fla", "340M-8x2048")}
+    assert in_graph == both | {("auto", "packed-1x16360")}
 
 
 def test_layers_of_chosen_shapes_by_chosen_peers():
@@ -96,6 +97,8 @@ def test_what_fails_is_recorded_with_its_reason_and_the_rest_goes_on():
     problems = {(r["implementation"], r["shape"]["label"]): r["problem"] for r in result["shapes"] if r["problem"]}
     assert problems.pop(("sdpa-flash", "7B-4x4096")) == "failed: out of memory"
     assert problems.pop(("fla", "340M-8x2048")).startswith("wrong: dg is off by")
+    packed = {problems.pop((f"sdpa-{kind}", "packed-1x16360")) for kind in ("cudnn", "flash")}
+    assert packed == {"not run: packed sequences are not measured with it"}
     assert set(problems.values()) == {"not run: it is what auto runs"}
 
 

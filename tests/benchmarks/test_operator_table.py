@@ -3,7 +3,8 @@
 import json
 
 from benchmarks import render
-from benchmarks.operator_table import combined, lengths, operator, summary
+from benchmarks.operator_table import lengths, operator, summary
+from flash_gsa.benchmarking.report import combined
 from tests.benchmarking.made_up import made_up_result
 
 
@@ -98,8 +99,14 @@ def test_layers_beside_their_projections_and_what_surrounds_the_operator(monkeyp
     assert rest[2][0] == "340M-8x2048, the layer"
     assert rest[2][5] == "wrong"
     assert "FLA at 340M-8x2048, the layer: wrong: dg is off" in text
-    # 1000 bytes a token in 10 ns, where a copy moves 1 TB/s.
     heading, forward, backward, *_ = rest[4:]
+    assert heading == ["ms, the layer in a CUDA graph", *("", "projections", "flash-gsa", "flash-gsa, separate", "FLA")]
+    assert forward == ["1.3B-8x2048", "forward", "0.0410", "0.164", "0.246", "0.819"]
+    assert backward == ["", "+ backward", "0.123", "0.492", "0.737", "2.46"]
+    assert rest[9][0] == "340M-8x2048"
+    assert rest[9][5] == "–"
+    # 1000 bytes a token in 10 ns, where a copy moves 1 TB/s.
+    heading, forward, backward, *_ = rest[11:]
     assert heading == ["ms", "", "flash-gsa", "GB/s (of a copy)", "flash-gsa, separate", "GB/s (of a copy)"]
     assert forward == ["1.3B-8x2048, SiLU of q, k, v", "forward", "0.164", "100 (10%)", "0.246", "66.7 (7%)"]
     assert backward[1:3] == ["+ backward", "0.492"]

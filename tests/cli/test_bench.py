@@ -77,6 +77,22 @@ def test_pictures_are_drawn_again_from_the_file(measured, run, tmp_path):
     assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in pictures.iterdir()}
 
 
+def test_several_results_are_drawn_as_one(measured, run, tmp_path):
+    _, result, pictures = measured
+    later = result | {"shapes": [record | {"problem": "failed"} for record in result["shapes"]]}
+    for name, content in (("op", result), ("later", later), ("training", dict.fromkeys(("gates", "steps")))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    answer = run("bench", "plots", tmp_path / "op.json", tmp_path / "op.json", tmp_path / "as-one")
+    assert answer.status == 0, answer.err
+    assert {p.name for p in (tmp_path / "as-one").iterdir()} == {p.name for p in pictures.iterdir()}
+    # Of the later one's shapes none ran, so there is nothing to compare.
+    answer = run("bench", "plots", tmp_path / "op.json", tmp_path / "later.json", tmp_path / "failed")
+    assert "op_quick-speedup.png" not in {p.name for p in (tmp_path / "failed").iterdir()}
+    answer = run("bench", "plots", tmp_path / "op.json", tmp_path / "training.json", tmp_path / "mixed")
+    assert answer.status == 2
+    assert "training.json is no result of" in answer.err
+
+
 @pytest.mark.parametrize(
     ("content", "words"), [(None, "cannot be read"), ("{}", "is no result"), ("x", "is no result")]
 )
