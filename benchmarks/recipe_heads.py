@@ -48,6 +48,8 @@ def _lines(name: str) -> list[str]:
         run, said = _fitting(recipe, count, size)
         time = duration(run.seconds((one if count == 1 else several) * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
+    if recipe.engine.kind == "single":
+        origin = origin[:1]
     return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_taken(name)]
 
 
@@ -58,7 +60,9 @@ def _taken(name: str) -> list[str]:
         return []
     run = json.loads(path.read_text(encoding="utf-8"))
     memory = run["largest_memory_bytes"] / GIB
-    return [f"  Measured: {run['seconds']:.0f} s and {memory:.1f} GiB of tensors on one {run['about']['device']}."]
+    return [
+        f"  Measured: {run['seconds']:.0f} s in all and {memory:.1f} GiB of tensors on one {run['about']['device']}."
+    ]
 
 
 def _sizes(run: DryRun) -> list[str]:
@@ -104,8 +108,8 @@ def _shares(name: str) -> tuple[float, float, list[str]]:
         one,
         several,
         [
-            f"  Time: of the steps, at {one:.0%} of the peak on one (benchmarks/results/{origin}.json),",
-            f"  {several:.0%} on several, as two of one machine reach with the 1.3B (scaling.json). Memory: estimated.",
+            f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one (benchmarks/results/{origin}.json).",
+            f"  On several {several:.0%}, as two of one machine reach with the 1.3B under FSDP2 (scaling.json).",
         ],
     )
 

@@ -66,12 +66,20 @@ def _print(run: "DryRun", limit: int | None, gpu: str | None) -> None:
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
+def _started_by(run: "DryRun") -> list[tuple[str, str, str]]:
+    """What to know of an engine of several processes where one was asked for."""
+    if run.recipe.engine.kind == "single" or run.processes > 1:
+        return []
+    return [("", "", "a launcher starts its processes (torchrun --nproc-per-node N …); --processes N counts for N")]
+
+
 def _work(run: "DryRun") -> list[tuple[str, str, str]]:
     size, batch, engine = run.size, run.recipe.batch, run.recipe.engine
     processes = f"{run.processes} process{'es' if run.processes > 1 else ''}"
     steps = "the time decides" if run.steps is None else f"{run.steps:,}"
     lines = [
         ("recipe", run.recipe.name, f"{processes}, engine {engine.kind}, precision {run.recipe.precision}"),
+        *_started_by(run),
         ("parameters", f"{size.parameters:,}", f"{size.parameters - size.embeddings:,} without embeddings"),
         ("vocabulary", f"{size.vocabulary:,}", ""),
         ("FLOPs a token", f"{size.flops:.3g}", f"forward {size.flops / 3:.3g}, backward {2 * size.flops / 3:.3g}"),

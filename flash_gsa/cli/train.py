@@ -55,7 +55,7 @@ def train(
     """Train a model by a recipe.
 
     Everything goes to one folder, runs/NAME unless output_dir says otherwise: checkpoints, metrics.jsonl,
-    TensorBoard files and loss.png. A run that was interrupted (Ctrl-C, SIGTERM, a crash) goes on from its
+    TensorBoard files, loss.png and report.html. A run that was interrupted (Ctrl-C, SIGTERM, a crash) goes on from its
     newest checkpoint when the same command is given again, with the losses it would have had anyway.
 
     Examples:

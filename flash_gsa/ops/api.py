@@ -55,9 +55,9 @@ def gated_slot_attention(
             reading it waits for no device.
         states: what the forward leaves for the backward. "keep": also the states before every chunk of C tokens,
             (K + V)·M·H·T/C numbers in 16 bits for bfloat16 (C is 128 there with up to 64 slots and one query head a
-            group). "recompute": not these; the backward computes them again, one more pass over k and v. Between the two
-            that much less is kept, as many times as there are layers; the most that a single call takes is the same.
-            A backend without kernels of its own keeps nothing then, and computes its whole forward again.
+            group). "recompute": not these; the backward computes them again, one more pass over k and v. Between the
+            two that much less is kept, as many times as there are layers; the most that a single call takes stays. A
+            backend without kernels of its own keeps nothing then, and computes its whole forward again.
         backend: "auto", or one of `flash_gsa.ops.backend_names()`.
 
     Returns:

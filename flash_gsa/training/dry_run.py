@@ -11,7 +11,7 @@ from flash_gsa.training.recipe import Recipe
 from flash_gsa.training.schedule import RunLength
 
 ASSUMED_SHARE = 0.4
-"""Of a GPU's peak, in model FLOPs, where no speed of a recipe has been measured."""
+"""Of a GPU's peak, in model FLOPs: a round number for any model. Heads of recipes have what was measured."""
 MOST_PROCESSES = 4096
 
 

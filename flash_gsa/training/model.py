@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flash_gsa.errors import UsageError
 from flash_gsa.models import GSAConfig, GSAForCausalLM
 from flash_gsa.training.recipe import Recipe
 
@@ -26,8 +27,17 @@ def model_config(recipe: Recipe, vocab_size: int, tokenizer: "PreTrainedTokenize
 
 def check_model(recipe: Recipe) -> None:
     """Raises UsageError if no model can be built from the recipe; builds one without memory to find out."""
-    with torch.device("meta"):
-        model = GSAForCausalLM(model_config(recipe, vocab_size=1))
+    try:
+        with torch.device("meta"):
+            model = GSAForCausalLM(model_config(recipe, vocab_size=1))
+    except UsageError as error:
+        raise UsageError(f"in the section model: {error}") from None
+    every, blocks = recipe.engine.checkpointing, len(model.model.layers)
+    if isinstance(every, int) and every > blocks:
+        raise UsageError(
+            f"engine.checkpointing={every} would compute no block again: of {blocks} blocks there is no {every}th. "
+            f"Set a number up to {blocks}, all, or none"
+        )
     if recipe.engine.context > 1:
         from flash_gsa.parallel.model import check_recurrent  # torch.distributed, which few recipes need
 

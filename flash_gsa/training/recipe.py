@@ -188,9 +188,11 @@ class BatchSection(Section):
         micro = self.micro_rows or max(1, self.rows // groups)
         if micro * self.length % context:
             longer = _nearest(self.length, range(context, self.length + 2 * context, context))
+            fewer = _nearest(context, [n for n in _divisors(micro * self.length) if processes % n == 0])
             raise UsageError(
                 f"{micro * self.length} tokens at once (batch.micro_rows={micro}, batch.length={self.length}) cannot "
-                f"be cut into equal stretches for the processes of engine.context={context}. Set batch.length={longer}"
+                f"be cut into equal stretches for the processes of engine.context={context}. Set engine.context={fewer}"
+                f" or batch.length={longer}"
             )
         if self.rows % (groups * micro) == 0:
             return micro, self.rows // (groups * micro)
@@ -202,6 +204,9 @@ class BatchSection(Section):
         if self.rows % at_once == 0:
             counts = [context * n for n in _divisors(self.rows // at_once)]
             changes.append(f"{_nearest(processes, counts)} processes")
+        if at_once > 1 and groups > self.rows // at_once:  # more processes than micro-batches
+            most = _nearest(processes, [context * n for n in _divisors(self.rows)])
+            changes.append(f"{most} processes with batch.micro_rows=1")
         raise UsageError(
             f"batch.rows={self.rows}, the rows of one step of all processes, cannot be divided over "
             + (f"{groups} processes" if context == 1 else f"{groups} groups of engine.context={context} processes")
@@ -231,8 +236,8 @@ class EngineSection(Section):
     )
     reshard_after: Literal["block", "step"] = Field(
         default="block",
-        description="when gathered weights are let go of and gradients summed; step is faster and takes memory for all "
-        "weights, and for all gradients where a step has several micro-batches. fsdp2 and hsdp only",
+        description="when gathered weights are let go of and gradients summed; step exchanges once a step, and takes "
+        "memory for all weights, and for all gradients where a step has several micro-batches. fsdp2 and hsdp only",
     )
     context: Positive = Field(
         default=1, description="processes that one row is cut over, for rows beyond one device's memory"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from flash_gsa._resources import shipped
 from flash_gsa.errors import UsageError, did_you_mean
-from flash_gsa.training.recipe import Recipe
+from flash_gsa.training.recipe import Recipe, WeightedSource
 from flash_gsa.training.schedule import RunLength
 
 REQUIRED = "???"
@@ -227,8 +227,9 @@ def _readable(error: ValidationError) -> list[str]:
             wrong[str(detail["ctx"]["error"])] = ([], "")
         elif detail["type"] == "missing":
             wrong[f"{key} is missing; give it a value"] = ([], "")
-        elif detail["type"] == "extra_forbidden":  # in a list: in sections they were found before
-            wrong[f"unknown key {key}"] = ([], "")
+        elif detail["type"] == "extra_forbidden":  # in a list of sources: in sections they were found before
+            hint = did_you_mean(key.rpartition(".")[2], WeightedSource.model_fields)
+            wrong[f"unknown key {key}.{hint}"] = ([], "")
         elif detail["type"].startswith("union_tag"):
             wrong[f"data.kind must be text or mqar, got {value.get('kind')!r}"] = ([], "")
         else:
@@ -250,7 +251,7 @@ def _key(location: Sequence[str | int]) -> str:
     parts = [str(part) for part in location]
     if len(parts) > 1 and parts[0] == "data":
         del parts[1]
-    return ".".join(part for part in parts if part not in _BRANCHES)
+    return ".".join(p for p in parts if p not in _BRANCHES and not p.startswith(("literal[", "constrained-")))
 
 
 def _kind(value: Any) -> str:

@@ -123,7 +123,8 @@ def train(
         inputs = prepare_inputs(
             recipe,
             saved_tokenizer=saved.folder if saved else None,
-            progress=lambda documents, size: tell(
+            # Whichever process tokenises tells, while the others wait for it.
+            progress=lambda documents, size: on_event(
                 events.Preparing(f"tokenising: {documents:,} documents, {size / 1e6:,.1f} MB so far")
             ),
         )

@@ -34,6 +34,22 @@ def test_it_refuses_a_wrong_number_of_processes(run):
     assert "The nearest that can: batch.rows=280, or 8 processes" in err
 
 
+def test_more_processes_than_rows_and_stretches_that_are_unequal(run):
+    _, _, err = run("train", "gsa_1.3b", "--dry-run", "--processes", "300")
+    assert "or 32 processes, or 256 processes with batch.micro_rows=1" in err
+    _, _, err = run("train", "gsa_340m", "engine={kind: fsdp2, context: 3}", "--dry-run", "--processes", "6")
+    assert "Set engine.context=2 or batch.length=2049" in err
+
+
+def test_an_engine_of_several_processes_on_one_says_how_there_are_more(run):
+    small = ["model.num_hidden_layers=2", "model.hidden_size=64", "model.intermediate_size=128"]
+    _, out, _ = run("train", "gsa_340m", *small, "engine={kind: fsdp2}", "--dry-run")
+    assert "a launcher starts its processes (torchrun --nproc-per-node N …); --processes N counts for N" in out
+    for more in (["engine={kind: single}"], ["engine={kind: fsdp2}", "--processes", "2"]):
+        _, out, _ = run("train", "gsa_340m", *small, *more, "--dry-run")
+        assert "launcher" not in out
+
+
 def test_its_options_are_refused_without_it(run):
     status, _, err = run("train", "gsa_340m", "--processes", "8")
     assert status == 2

@@ -37,6 +37,12 @@ KINDS = {
     "step": ["engine={kind: fsdp2, reshard_after: step}"],
     "more": ["engine={kind: fsdp2, checkpointing: 2}", "batch.micro_rows=2"],
 }
+# Four processes: groups of shards that are copies of each other, and rows cut over some of the processes.
+OF_FOUR = {
+    "hsdp of four": ["engine={kind: hsdp, replicas: 2, reshard_after: step}"],
+    "rows and context": ["engine={kind: fsdp2, context: 2}"],
+    "hsdp and context": ["engine={kind: hsdp, replicas: 2, context: 2}"],
+}
 AFTER = [
     ("fsdp2", "one"),
     ("zero3", "fsdp2"),
@@ -100,6 +106,9 @@ def make_runs(folder):
         asked.append({"overrides": settings(f"nan by {kind}", *KINDS[kind], *huge)})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    four = [{"overrides": settings(name, *more)} for name, more in OF_FOUR.items()]
+    done = launched(4, folder / "tiny.yaml", *map(json.dumps, four))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     killed = {"overrides": settings("killed", *KINDS["fsdp2"])}
     done = launched(2, folder / "tiny.yaml", json.dumps(killed | {"killed": 6}))
     assert done.returncode != 0
@@ -129,6 +138,12 @@ def assert_same(found, expected):
 def test_two_processes_train_as_one_does(runs, kind):
     assert_same(runs(kind), runs("one"))
     assert [r["devices"] for r in figures(runs(kind), "train")] == [2] * 7
+
+
+@pytest.mark.parametrize("kind", OF_FOUR)
+def test_four_processes_do_too(runs, kind):
+    assert_same(runs(kind), runs("one"))
+    assert [r["devices"] for r in figures(runs(kind), "train")] == [4] * 7
 
 
 def test_launchers_of_several_machines_find_each_other(runs):

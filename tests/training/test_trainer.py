@@ -116,6 +116,32 @@ class OnAGpu(Engine):
         return 1e9
 
 
+def test_what_a_gpu_cannot_hold_is_refused_before_the_data_are_read(make_recipe, monkeypatch):
+    monkeypatch.setattr(Engine, "device_memory", lambda self: 2**20)
+    monkeypatch.setattr(trainer, "prepare_inputs", lambda *_, **__: pytest.fail("the data were read"))
+    recipe = make_recipe()
+    with pytest.raises(UsageError, match=r"needs about .* GiB on each of 1 device, which has 0\.0 GiB"):
+        train(recipe)
+    assert not (trainer.run_dir_of(recipe) / "metrics.jsonl").exists()
+
+
+def test_the_process_that_tokenises_tells_even_if_another_is_the_main_one(make_recipe, monkeypatch):
+    monkeypatch.setattr(Engine, "is_main", property(lambda self: False))
+    told = []
+
+    class Enough(Exception):
+        pass
+
+    def listen(event):
+        told.append(event)
+        if "tokenising" in getattr(event, "what", ""):
+            raise Enough
+
+    with pytest.raises(Enough):
+        train(make_recipe(), on_event=listen)
+    assert len(told) == 1
+
+
 def test_the_share_of_the_peak_is_told_where_it_is_known(make_recipe):
     result = train(make_recipe("schedule.steps=3"), engine=OnAGpu("cpu"))
     records = [r for r in read_metrics(result.run_dir / "metrics.jsonl") if r["kind"] == "train"]
