@@ -50,7 +50,21 @@ def _lines(name: str) -> list[str]:
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
     if recipe.engine.kind == "single":
         origin = origin[:1]
-    return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_taken(name)]
+    return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_prepared(recipe), *_taken(name)]
+
+
+def _prepared(recipe: Recipe) -> list[str]:
+    """What its text takes of processors and disks before the first step, where the recipe says how much text."""
+    text = getattr(recipe.data, "max_bytes", None)
+    if text is None or not (RESULTS / "tokenising.json").exists():
+        return []
+    run = _result("tokenising")
+    stored = text * run["store_bytes"] / run["text_bytes"]
+    hours = text / (run["text_bytes"] / run["seconds"] / run["processes"]) / 3600
+    return [
+        f"  Before the first step {text / 1e9:,.0f} GB of text become {stored / 1e9:,.0f} GB of tokens, once, in about",
+        f"  {hours:,.0f} core-hours (benchmarks/results/tokenising.json).",
+    ]
 
 
 def _taken(name: str) -> list[str]:

@@ -22,7 +22,10 @@ from flash_gsa.benchmarking.report import combined
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results/README.md", "docs/kernels.md", "docs/parallel.md", "docs/training.md")
+DOCUMENTS = (
+    *("README.md", "docs/results/README.md", "docs/kernels.md", "docs/parallel.md", "docs/training.md"),
+    "docs/data.md",
+)
 BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -331,6 +334,17 @@ def memory(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), told(result["about"]) + of])
 
 
+def tokenising(result: dict[str, Any]) -> str:
+    speed = result["text_bytes"] / result["seconds"] / 1e6
+    said = (
+        f"{result['documents']:,} documents of {result['text_bytes'] / 1e6:,.0f} MB, with `{result['tokenizer']}`, by "
+        f"{result['processes']} processes: {speed:.1f} MB of text a second, {speed / result['processes']:.1f} for "
+        f"each; {result['text_bytes'] / result['tokens']:.2f} bytes a token, and "
+        f"{result['store_bytes'] / result['tokens']:.2f} bytes of the disk for each."
+    )
+    return "\n\n".join([said, told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "mqar_tiny": mqar_tiny,
@@ -358,6 +372,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "memory_sharded": memory,
     "scaling": scaling,
+    "tokenising": tokenising,
     "test_gpu": gpu_tests,
     "test_gpu_rest": gpu_tests,
 }

@@ -35,8 +35,8 @@ def check_model(recipe: Recipe) -> None:
     every, blocks = recipe.engine.checkpointing, len(model.model.layers)
     if isinstance(every, int) and every > blocks:
         raise UsageError(
-            f"engine.checkpointing={every} would compute no block again: of {blocks} blocks there is no {every}th. "
-            f"Set a number up to {blocks}, all, or none"
+            f"engine.checkpointing={every} would compute no block again: the model has {blocks}. Set a number up to "
+            f"{blocks}, all, or none"
         )
     if recipe.engine.context > 1:
         from flash_gsa.parallel.model import check_recurrent  # torch.distributed, which few recipes need

@@ -119,7 +119,7 @@ REFUSED = [
     (["engine.checkpointing=some"], r"engine\.checkpointing: expected 'none' or 'all' or a whole number, got 'some'"),
     (
         ["engine.checkpointing=99"],
-        r"engine\.checkpointing=99 would compute no block again: of \d+ blocks there is no 99th",
+        r"engine\.checkpointing=99 would compute no block again: the model has \d+\. Set a number up to",
     ),
     (["model.num_slots=-3"], r"in the section model: num_slots must be a whole number of at least 1, got -3"),
     (["data.source=[{source: a, wieght: 2}]"], r"unknown key data\.source\.0\.wieght\. Did you mean 'weight'\?"),

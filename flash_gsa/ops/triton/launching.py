@@ -45,6 +45,12 @@ def variant(
     return Variant(kernel, dict(constants), warps, stages, dict(options))
 
 
+@functools.cache
+def _ordered(kernel: Any, constants: tuple, warps: int, stages: int) -> Variant:
+    """The same by constants in an order: one place of the code has one, and a tuple is found sooner."""
+    return variant(kernel, frozenset(constants), warps, stages)
+
+
 def launch(variant: Variant, programs: int, arguments: tuple) -> Any:
     """Run `programs` programs of a kernel; the compiled kernel, or None in the interpreter.
 
@@ -79,7 +85,7 @@ def run(
     stages: int = 3,
 ) -> None:
     """`launch` the variant with these constants."""
-    launch(variant(kernel, frozenset(constants.items()), warps, stages), programs, arguments)
+    launch(_ordered(kernel, tuple(constants.items()), warps, stages), programs, arguments)
 
 
 def _compile(variant: Variant, programs: int, arguments: tuple, key: tuple) -> Any:

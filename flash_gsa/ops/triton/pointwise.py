@@ -4,6 +4,8 @@ With σ the logistic function, SiLU a(x) = x σ(x) has the derivative a'(x) = σ
 The backward of each function reads its input again instead of anything kept between: formulas at the kernels.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..products import product_dtype
 from .launching import run
+from .plan import cdiv
 
 # Numbers of one tensor that 4 warps hold: in 16 bits two loads of 16 bytes a thread. A wider row gets more warps.
 TILE = 2048
@@ -264,6 +267,12 @@ def add_norm_backward(
 class Rows:
     """How rows of D numbers are dealt to programs: ROWS at a time, padded to BD; warps of a program."""
 
+    @staticmethod
+    @functools.cache
+    def of(D: int) -> "Rows":
+        """That of D, made once: it is asked for at every launch."""
+        return Rows(D)
+
     def __init__(self, D: int):
         BD = triton.next_power_of_2(D)
         self.rows = max(1, TILE // BD)
@@ -272,7 +281,7 @@ class Rows:
 
 
 def _tiles(*tensors: Tensor) -> int:
-    return sum(triton.cdiv(x.numel(), TILE) for x in tensors)
+    return sum(cdiv(x.numel(), TILE) for x in tensors)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -387,11 +396,11 @@ def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def silu_normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """`silu_norm` of contiguous tensors, without a gradient; and r of every row, which its backward takes."""
-    plan, rows = Rows(x.shape[-1]), x.numel() // x.shape[-1]
+    plan, rows = Rows.of(x.shape[-1]), x.numel() // x.shape[-1]
     y, inverse = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
         constants = plan.sizes | {"HAS_WEIGHT": weight is not None}
-        programs = triton.cdiv(rows, plan.rows)
+        programs = cdiv(rows, plan.rows)
         run(norm_forward, programs, (x, weight, y, inverse, rows, eps), constants, plan.warps)
     return y, inverse
 
@@ -417,8 +426,8 @@ def silu_norm_gradients(x: Tensor, weight: Tensor | None, inverse: Tensor, dy: T
 
 def _norm_gradients(kernel, x: Tensor, weight: Tensor | None, inverse: Tensor, *outgoing: Tensor | None, **constants):
     """dx and dw of a norm of x by its backward kernel."""
-    plan, dx, parts = Rows(x.shape[-1]), torch.empty_like(x), None
-    programs = triton.cdiv(inverse.numel(), plan.rows)
+    plan, dx, parts = Rows.of(x.shape[-1]), torch.empty_like(x), None
+    programs = cdiv(inverse.numel(), plan.rows)
     if weight is not None:
         programs = min(programs, SHARES)
         parts = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
@@ -440,7 +449,7 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float
 
 def _add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, y, and r of every row."""
-    plan, rows, total = Rows(x.shape[-1]), x.numel() // x.shape[-1], x
+    plan, rows, total = Rows.of(x.shape[-1]), x.numel() // x.shape[-1], x
     if branch is not None:
         total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
     y = torch.empty_like(total, dtype=product_dtype(total))
@@ -448,7 +457,7 @@ def _add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: floa
     with torch.cuda.device_of(x):
         constants = plan.sizes | {"HAS_BRANCH": branch is not None, "HAS_WEIGHT": weight is not None}
         arguments = (x, branch, weight, None if branch is None else total, y, inverse, rows, eps)
-        run(add_norm_forward, triton.cdiv(rows, plan.rows), arguments, constants, plan.warps)
+        run(add_norm_forward, cdiv(rows, plan.rows), arguments, constants, plan.warps)
     return total, y, inverse
 
 
