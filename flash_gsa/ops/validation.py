@@ -6,7 +6,6 @@ the device, so there they are checked only under the debug switch `FLASH_GSA_CHE
 """
 
 import os
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -101,9 +100,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
         raise UsageError(f"cu_seqlens must start with 0, got {values[0]}")
     if values[-1] != length:
         raise UsageError(f"cu_seqlens must end with T = {length}, got {values[-1]}")
-    for i, (start, end) in enumerate(pairwise(values)):
-        if end < start:
-            raise UsageError(f"cu_seqlens must not decrease: cu_seqlens[{i}] = {start} but cu_seqlens[{i + 1}] = {end}")
+    if (falling := (cu_seqlens.diff() < 0).nonzero()).numel():
+        i = int(falling[0])
+        raise UsageError(
+            f"cu_seqlens must not decrease: cu_seqlens[{i}] = {values[i]} but cu_seqlens[{i + 1}] = {values[i + 1]}"
+        )
 
 
 def check_gates(name: str, g: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""A plan is kept for calls of the same sizes, and only for those."""
+"""A plan is kept for calls of the same sizes and boundaries, and only for those."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_whatever_differs_has_a_plan_of_its_own(change):
     first, other = plan_of(), plan_of(**change)
     assert other is not first
     assert (plan_of(), plan_of(**change)) == (first, other)
-    fresh = plan_of(**change, cu_seqlens=torch.tensor([0, SIZES["T"]])) if "B" not in change else other
+    T = SIZES["T"] * (2 if "T" in change else 1)
+    fresh = plan_of(**change, cu_seqlens=torch.tensor([0, T])) if "B" not in change else other
     assert fresh.constants | {"PACKED": False} == other.constants
 
 
@@ -51,10 +53,46 @@ def test_other_tiles_have_a_plan_of_their_own():
     assert plan_of() is first
 
 
-def test_packed_sequences_are_planned_anew():
-    cu_seqlens = torch.tensor([0, 30, 70])
-    assert plan_of(B=1, cu_seqlens=cu_seqlens) is not plan_of(B=1, cu_seqlens=cu_seqlens)
+def test_packed_sequences_with_the_same_boundaries_have_the_same_plan():
+    boundaries = torch.tensor([0, 30, 70])
+    first = plan_of(B=1, cu_seqlens=boundaries)
+    assert plan_of(B=1, cu_seqlens=boundaries.clone()) is first
+    # The numbers count, not the tensor: this one is another from now on, and none was asked for tables yet.
+    boundaries[1] = 40
+    other = plan_of(B=1, cu_seqlens=boundaries)
+    assert other is not first
+    assert plan_of(B=1, cu_seqlens=torch.tensor([0, 30, 70])) is first
+    for different in (boundaries.int(), torch.tensor([0, 20, 40, 70])):
+        assert plan_of(B=1, cu_seqlens=different) not in (first, other)
+
+
+def test_tables_are_of_the_boundaries_that_were_asked_for():
+    for middle in (30, 10, 64, 30, 10):
+        boundaries = torch.tensor([0, middle, 70], dtype=torch.int32)
+        (found, *_), _ = plan_of(B=1, cu_seqlens=boundaries).tables
+        assert found.tolist() == [0, middle, 70]
+        boundaries.fill_(7)  # what becomes of them later is no matter
+        assert plan_of(B=1, cu_seqlens=torch.tensor([0, middle, 70], dtype=torch.int32)).tables[0][0] is found
+
+
+def test_boundaries_elsewhere_than_on_the_cpu_are_planned_anew():
+    """To compare them would wait for the device."""
+    boundaries = torch.empty(3, dtype=torch.int32, device="meta")
+    assert plan_of(B=1, cu_seqlens=boundaries) is not plan_of(B=1, cu_seqlens=boundaries)
     assert not plan._plans
+
+
+def test_what_is_made_for_a_graph_or_on_another_stream_is_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
+    boundaries, device = torch.tensor([0, 30, 70]), torch.device("cuda")
+    capturing, stream = False, 5
+    first = plan._value(boundaries, device)
+    assert first == plan._value(boundaries.clone(), device) is not None
+    stream = 6
+    assert plan._value(boundaries, device) != first
+    capturing = True
+    assert plan._value(boundaries, device) is None
 
 
 def test_no_more_plans_are_kept_than_said(monkeypatch):

@@ -23,7 +23,7 @@ OVER_GATES = Tile(0, 4, 1)
 OVER_TWO_BLOCKS = Tile(0, 4, 1, 168)
 # A kernel's options: no multiplication is fused with an addition, see `Plan.launch`.
 EXACT = {"enable_fp_fusion": False}
-# How many sizes a process remembers.
+# How many plans a process keeps: of sizes, and of boundaries of packed sequences.
 KEPT = 256
 
 
@@ -221,16 +221,36 @@ class Plan:
 
 
 def plan_for(q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False) -> Plan:
-    """The plan of a call: that of the last call of the same sizes, unless sequences are packed."""
+    """The plan of a call: that of the last call of the same sizes and, with packed sequences, the same boundaries.
+
+    The layers of a model are called with the same ones, forward and backward, and to make tables of them anew would
+    take the host longer than the launches of a call. They are compared by value, for which they must be on the CPU.
+    """
+    key: tuple = (q.shape, k.shape[2], v.shape[3], g.shape[3], q.dtype, q.device, has_s, linear, forced())
     if cu_seqlens is not None:
-        return Plan(q, k, v, g, has_s, cu_seqlens, linear)
-    key = (q.shape, k.shape[2], v.shape[3], g.shape[3], q.dtype, q.device, has_s, linear, forced())
+        boundaries = _value(cu_seqlens, q.device)
+        if boundaries is None:
+            return Plan(q, k, v, g, has_s, cu_seqlens, linear)
+        key += boundaries
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= KEPT:
             _plans.clear()
-        plan = _plans[key] = Plan(q, k, v, g, has_s, None, linear)
+        own = None if cu_seqlens is None else cu_seqlens.clone()  # whatever becomes of the caller's
+        plan = _plans[key] = Plan(q, k, v, g, has_s, own, linear)
     return plan
+
+
+def _value(cu_seqlens: Tensor, device: torch.device) -> tuple | None:
+    """What a plan's tables follow from, and the stream on which they are made; None if they are to be made anew."""
+    if cu_seqlens.device.type != "cpu":
+        return None
+    stream = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # what is made then belongs to the graph
+            return None
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return stream, cu_seqlens.dtype, cu_seqlens.numpy().tobytes()
 
 
 _plans: dict[tuple, Plan] = {}
