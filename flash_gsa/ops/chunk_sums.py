@@ -38,7 +38,8 @@ class DecayedSums:
         self.shrunk = w * until.neg().clamp(max=RANGE).exp()  # w_j e^{-G_j}; no row that is kept reads a clamped one
         self.later = torch.ones(g.shape[2], g.shape[2], dtype=torch.bool, device=g.device).triu(1)
         self.direct = (until < -RANGE).any(dim=-1)  # [n, H, C]: rows to be computed from differences
-        self.some_direct = bool(self.direct.any())
+        # Tensors without memory, of which only shapes are wanted, have no gates to look at.
+        self.some_direct = not g.is_meta and bool(self.direct.any())
         if self.some_direct:
             self.chunks = self.direct.any(dim=-1).any(dim=-1).nonzero()[:, 0]
             self.differences = _Differences(g[self.chunks], w[self.chunks])

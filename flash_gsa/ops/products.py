@@ -13,7 +13,7 @@ from torch import Tensor
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a product of x is computed in: autocast's dtype where that is on, else x's own."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):  # which knows no "meta"
         return x.dtype
     return torch.get_autocast_dtype(device)
 

@@ -31,6 +31,23 @@ def test_it_trains(tiny, mixer):
     assert losses[-1] < 0.25 * losses[0], losses
 
 
+@pytest.mark.parametrize("gating", ["gsa", "abc"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_without_memory_there_are_shapes(mixer, gating):
+    """For whoever counts parameters, FLOPs or bytes of a model that no machine here could hold."""
+    config = GSAConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=2, num_slots=8, token_mixer=mixer)
+    if gating == "abc":
+        if mixer != "gsa":
+            pytest.skip("ABC's gates are those of slots")
+        config.gating = gating
+    with torch.device("meta"):
+        model = GSAForCausalLM(config)
+        logits = model(torch.zeros(2, 100, dtype=torch.long)).logits
+        logits.sum().backward()
+    assert logits.shape == (2, 100, 50)
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
 @pytest.mark.parametrize("mixer", KINDS)
 def test_blocks_hold_the_mixer_that_was_named(tiny, mixer):
     assert all(isinstance(block.attn, KINDS[mixer]) for block in tiny(token_mixer=mixer).model.layers)
