@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
-from flash_gsa.ops.triton import plan, tiles
+from flash_gsa.ops.triton import abc, plan, tiles
 
 SIZES = {"B": 2, "T": 70, "HQ": 4, "H": 2, "K": 32, "V": 48, "M": 20}
 
@@ -85,14 +85,34 @@ def test_boundaries_elsewhere_than_on_the_cpu_are_planned_anew():
 def test_what_is_made_for_a_graph_or_on_another_stream_is_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
-    boundaries, device = torch.tensor([0, 30, 70]), torch.device("cuda")
+    boundaries, cuts, made = torch.tensor([0, 30, 70]), {}, []
+
+    def kept():
+        def make(own):
+            made.append(own)
+            return len(made)
+
+        return plan.kept(cuts, (70,), torch.device("cuda"), boundaries, make)
+
     capturing, stream = False, 5
-    first = plan._value(boundaries, device)
-    assert first == plan._value(boundaries.clone(), device) is not None
+    assert [kept(), kept()] == [1, 1]
+    assert made[0] is not boundaries
     stream = 6
-    assert plan._value(boundaries, device) != first
+    assert [kept(), kept()] == [2, 2]
     capturing = True
-    assert plan._value(boundaries, device) is None
+    assert [kept(), kept()] == [3, 4]
+    capturing = False
+    assert kept() == 2
+
+
+def test_gates_of_abc_are_cut_as_before_too(monkeypatch):
+    monkeypatch.setattr(abc, "_cuts", {})
+    logits = torch.zeros(1, 70, 2, 8)
+    first = abc.cut_for(logits, torch.tensor([0, 30, 70]))
+    assert abc.cut_for(logits, torch.tensor([0, 30, 70])) is first
+    assert abc.cut_for(logits, torch.tensor([0, 31, 70])) is not first
+    assert abc.cut_for(logits, None) is abc.cut_for(logits.clone(), None)
+    assert abc.cut_for(logits, None) is not abc.cut_for(logits[:, :60], None)
 
 
 def test_no_more_plans_are_kept_than_said(monkeypatch):

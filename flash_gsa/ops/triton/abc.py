@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .chunks import locate
 from .launching import run
-from .plan import Parts
+from .plan import Parts, cdiv, kept
 from .pointwise import log_sigmoid, sigmoid
 
 # Channels (heads and slots together) of a program, which is one warp, and tokens that it loads at once.
@@ -249,8 +249,8 @@ class Cut:
         B, T, H, M = like.shape
         self.channels, self.device = H * M, like.device
         self.BC = max(16, min(CHANNELS, triton.next_power_of_2(self.channels)))
-        blocks = triton.cdiv(self.channels, self.BC)
-        shortest = max(SHORTEST, triton.cdiv(B * T * blocks, PROGRAMS), triton.cdiv(T, SEGMENTS))
+        blocks = cdiv(self.channels, self.BC)
+        shortest = max(SHORTEST, cdiv(B * T * blocks, PROGRAMS), cdiv(T, SEGMENTS))
         span = triton.next_power_of_2(shortest)
         self.split = span < T
         self.parts = Parts(B, T, span, cu_seqlens, at_least_one=True)
@@ -272,6 +272,14 @@ class Cut:
         run(kernel, self.programs, (*arguments, *self.table), constants, warps=1)
 
 
+def cut_for(like: Tensor, cu_seqlens: Tensor | None) -> Cut:
+    """The cut of a call, kept as plans are."""
+    return kept(_cuts, (like.shape, like.device), like.device, cu_seqlens, lambda own: Cut(like, own))
+
+
+_cuts: dict[tuple, Cut] = {}
+
+
 def abc_gates(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(g, s, the normalizer after each sequence): differentiable; logits [B, T, H, M], initial [N, H, M] float32."""
     logits, initial = logits.contiguous(), None if initial is None else initial.contiguous()
@@ -284,7 +292,7 @@ def abc_gates(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None)
 
 def forward_pass(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """g, s and the last normalizers."""
-    cut = Cut(logits, cu_seqlens)
+    cut = cut_for(logits, cu_seqlens)
     g, s = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
     final = logits.new_empty(cut.shape, dtype=torch.float32)
     sums = cut.room(logits)
@@ -301,7 +309,7 @@ def backward_pass(
     g: Tensor, s: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, outgoing: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the logits, in `dtype`, and of the initial normalizers, from dg, ds and that of the last ones."""
-    cut = Cut(g, cu_seqlens)
+    cut = cut_for(g, cu_seqlens)
     dg, ds, dfinal = (x.contiguous() for x in outgoing)
     dlogits, dinitial = torch.empty_like(g, dtype=dtype), None if initial is None else torch.empty_like(initial)
     sums = cut.room(g)

@@ -1,7 +1,8 @@
 """How one call is cut into launches: chunks, segments, tile sizes, compile-time constants."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import triton
@@ -25,6 +26,7 @@ OVER_TWO_BLOCKS = Tile(0, 4, 1, 168)
 EXACT = {"enable_fp_fusion": False}
 # How many plans a process keeps: of sizes, and of boundaries of packed sequences.
 KEPT = 256
+Made = TypeVar("Made")
 
 
 def cdiv(a, b):
@@ -221,36 +223,40 @@ class Plan:
 
 
 def plan_for(q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False) -> Plan:
-    """The plan of a call: that of the last call of the same sizes and, with packed sequences, the same boundaries.
+    """The plan of a call: that of the last call of the same sizes and, with packed sequences, the same boundaries."""
+    sizes = (q.shape, k.shape[2], v.shape[3], g.shape[3], q.dtype, q.device, has_s, linear, forced())
+    return kept(_plans, sizes, q.device, cu_seqlens, lambda own: Plan(q, k, v, g, has_s, own, linear))
 
-    The layers of a model are called with the same ones, forward and backward, and to make tables of them anew would
-    take the host longer than the launches of a call. They are compared by value, for which they must be on the CPU.
+
+def kept(
+    cuts: dict[tuple, Made],
+    sizes: tuple,
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    make: Callable[[Tensor | None], Made],
+) -> Made:
+    """What of `cuts` has these sizes and boundaries; else what `make` gives for a copy of the boundaries.
+
+    The layers of a model are called with the same boundaries, forward and backward, and to make tables of them anew
+    would take the host longer than the launches of a call. They are compared by value, for which they must be on the
+    CPU; what is made on one stream is for that stream, and what is made while a graph is captured belongs to the graph.
     """
-    key: tuple = (q.shape, k.shape[2], v.shape[3], g.shape[3], q.dtype, q.device, has_s, linear, forced())
+    key = sizes
     if cu_seqlens is not None:
-        boundaries = _value(cu_seqlens, q.device)
-        if boundaries is None:
-            return Plan(q, k, v, g, has_s, cu_seqlens, linear)
-        key += boundaries
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= KEPT:
-            _plans.clear()
-        own = None if cu_seqlens is None else cu_seqlens.clone()  # whatever becomes of the caller's
-        plan = _plans[key] = Plan(q, k, v, g, has_s, own, linear)
-    return plan
-
-
-def _value(cu_seqlens: Tensor, device: torch.device) -> tuple | None:
-    """What a plan's tables follow from, and the stream on which they are made; None if they are to be made anew."""
-    if cu_seqlens.device.type != "cpu":
-        return None
-    stream = None
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # what is made then belongs to the graph
-            return None
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return stream, cu_seqlens.dtype, cu_seqlens.numpy().tobytes()
+        if cu_seqlens.device.type != "cpu":
+            return make(cu_seqlens)
+        stream = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return make(cu_seqlens)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = (*sizes, stream, cu_seqlens.dtype, cu_seqlens.numpy().tobytes())
+    found = cuts.get(key)
+    if found is None:
+        if len(cuts) >= KEPT:
+            cuts.clear()
+        found = cuts[key] = make(None if cu_seqlens is None else cu_seqlens.clone())
+    return found
 
 
 _plans: dict[tuple, Plan] = {}
