@@ -95,7 +95,7 @@ def train(
         recipe: from `load_recipe`.
         existing: what to do if the folder holds a run: "resume" it, "overwrite" it, or "refuse".
         on_event: told what happens, see `events`; `ProgressDisplay` shows it in a terminal. Of several processes the
-            main one tells.
+            main one tells; of tokenising the one that does it.
         engine: where it runs; by default what the recipe says.
 
     Raises:

@@ -30,7 +30,7 @@ def rehearse(plan: Plan, options: tuple[bool, ...], given: tuple[Tensor | None, 
     if options in plan.rehearsed or device.type == "meta" or INTERPRETED:
         return
     plan.rehearsed.add(options)
-    # Packed sequences have a new plan each call, with the same kernels.
+    # Other boundaries of packed sequences have another plan, with the same kernels.
     dtypes = (None if x is None else x.dtype for x in given)
     key = (device, plan.tiles, plan.split, *plan.constants.values(), *options, *dtypes)
     if key in _rehearsed:
