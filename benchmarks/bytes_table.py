@@ -76,7 +76,7 @@ def moved(result: dict[str, Any], measured: dict[str, Any]) -> str:
     notes = (
         f"Each tensor counts once a launch, in {shapes[0]['dtype']}, chunks {cut}. µs: at the {speed / 1e9:,.0f} GB/s "
         "of the copy measured beside the times. A forward alone does not keep the softmax and its log-sums. Measured "
-        "times are those of CUDA graphs."
+        "times are those of CUDA graphs where there are any."
     )
     return "\n\n".join([table(header, rows), notes, told(result["about"]), sources(measured)])
 

@@ -211,9 +211,9 @@ def decode_gpu(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
 
 
-def on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
-    """op_gpu with what other commands measured of the same, where there is any."""
-    later = (name for name in ("op_gpu_more", "op_gpu_cold") if (RESULTS / f"{name}.json").exists())
+def on_a_gpu(result: dict[str, Any], *names: str) -> dict[str, Any]:
+    """op_gpu with what other commands measured of the same, where there is any: by default of shapes."""
+    later = (name for name in names or ("op_gpu_more",) if (RESULTS / f"{name}.json").exists())
     return combined(result, *map(load, later))
 
 
@@ -351,7 +351,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_15m": prose,
     "prose_100m": prose,
     "op_cpu": operator,
-    "op_gpu": lambda result: operator(on_a_gpu(result)),
+    "op_gpu": lambda result: operator(on_a_gpu(result, "op_gpu_more", "op_gpu_cold")),
     "op_gpu-summary": lambda result: summary(on_a_gpu(result)),
     "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,

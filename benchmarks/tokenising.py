@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-bytes", type=int, default=100_000_000, help="of text")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args(arguments)
-    command = f"python -m benchmarks.tokenising {Path(given.source).name}"
+    options = f"--tokenizer {given.tokenizer} --max-bytes {given.max_bytes}"
+    command = f"python -m benchmarks.tokenising {Path(given.source).name} {options}"
     result = {"about": about(command, "cpu"), "tokenizer": given.tokenizer}
     result |= measure(given.source, given.tokenizer, given.max_bytes, usable_cores())
     print(f"{result['processes']} processes: {result['text_bytes'] / result['seconds'] / 1e6:.1f} MB/s")

@@ -178,6 +178,8 @@ class BatchSection(Section):
         Raises:
             UsageError: it does not divide; the message names the nearest numbers that do.
         """
+        if found := self._divided(processes, context):
+            return found
         if processes % context:
             raise UsageError(
                 f"{processes} processes cannot form groups of engine.context={context} that share rows: "
@@ -188,14 +190,12 @@ class BatchSection(Section):
         micro = self.micro_rows or max(1, self.rows // groups)
         if micro * self.length % context:
             longer = _nearest(self.length, range(context, self.length + 2 * context, context))
-            fewer = _nearest(context, [n for n in _divisors(micro * self.length) if processes % n == 0])
+            fewer = [f"engine.context={n}" for n in range(context - 1, 0, -1) if self._divided(processes, n)]
             raise UsageError(
                 f"{micro * self.length} tokens at once (batch.micro_rows={micro}, batch.length={self.length}) cannot "
-                f"be cut into equal stretches for the processes of engine.context={context}. Set engine.context={fewer}"
-                f" or batch.length={longer}"
+                f"be cut into equal stretches for the processes of engine.context={context}. "
+                f"Set {' or '.join([*fewer[:1], f'batch.length={longer}'])}"
             )
-        if self.rows % (groups * micro) == 0:
-            return micro, self.rows // (groups * micro)
         at_once = self.micro_rows or 1
         together = groups * at_once
         changes = [f"batch.rows={_nearest(self.rows, range(together, self.rows + 2 * together, together))}"]
@@ -213,6 +213,16 @@ class BatchSection(Section):
             + (f" with batch.micro_rows={at_once}" if self.micro_rows else "")
             + f". The nearest that can: {', or '.join(changes)}"
         )
+
+    def _divided(self, processes: int, context: int) -> tuple[int, int] | None:
+        """What `micro_batches` returns; None where it refuses."""
+        if processes % context:
+            return None
+        groups = processes // context
+        micro = self.micro_rows or max(1, self.rows // groups)
+        if micro * self.length % context or self.rows % (groups * micro):
+            return None
+        return micro, self.rows // (groups * micro)
 
 
 def _divisors(number: int) -> list[int]:

@@ -17,7 +17,9 @@ def test_a_source_by_a_process_on_every_core(tmp_path, monkeypatch, capsys):
     assert 5000 <= result["text_bytes"] < 5200
     assert result["tokens"] == result["text_bytes"] + 2 * result["documents"]  # bytes, and both ends of each document
     assert result["store_bytes"] > 2 * result["tokens"]
-    assert result["about"]["command"] == "python -m benchmarks.tokenising text.jsonl"
+    assert result["about"]["command"] == (
+        "python -m benchmarks.tokenising text.jsonl --tokenizer byte --max-bytes 5000"
+    )
     assert "2 processes: " in capsys.readouterr().out
     assert f"{result['documents']} documents of 0 MB, with `byte`, by 2 processes: " in render.tokenising(result)
 

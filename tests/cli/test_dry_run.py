@@ -37,8 +37,11 @@ def test_it_refuses_a_wrong_number_of_processes(run):
 def test_more_processes_than_rows_and_stretches_that_are_unequal(run):
     _, _, err = run("train", "gsa_1.3b", "--dry-run", "--processes", "300")
     assert "or 32 processes, or 256 processes with batch.micro_rows=1" in err
-    _, _, err = run("train", "gsa_340m", "engine={kind: fsdp2, context: 3}", "--dry-run", "--processes", "6")
+    unequal = ["gsa_340m", "engine={kind: fsdp2, context: 3}", "--dry-run", "--processes", "6"]
+    _, _, err = run("train", *unequal, "batch.rows=144")
     assert "Set engine.context=2 or batch.length=2049" in err
+    _, _, err = run("train", *unequal)  # 128 rows, which three groups of two cannot divide
+    assert "Set batch.length=2049" in err
 
 
 def test_an_engine_of_several_processes_on_one_says_how_there_are_more(run):
