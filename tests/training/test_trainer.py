@@ -168,7 +168,8 @@ def test_a_whole_run(make_recipe):
     assert result.picture.read_bytes().startswith(b"\x89PNG")
     kinds = [type(e) for e in told if not isinstance(e, events.Preparing)]
     assert kinds[:3] == [events.Started, events.Evaluated, events.Stepped]
-    assert kinds[-3:] == [events.Evaluated, events.Saved, events.Ended]
+    assert kinds[-2:] == [events.Saved, events.Ended]
+    assert [kinds.count(kind) for kind in (events.Stepped, events.Evaluated, events.Saved)] == [12, 4, 3]
 
 
 def test_a_checkpoint_is_a_model_with_its_tokenizer(make_recipe, tmp_path):
@@ -207,7 +208,8 @@ def test_a_finished_run_stays_as_it_is(make_recipe):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import torch
 from flash_gsa.training import checkpoint, events
 from flash_gsa.training.recipe_file import load_recipe
@@ -215,12 +217,15 @@ from flash_gsa.training.trainer import train
 
 torch.set_num_threads(1)
 file, moment = sys.argv[1:]
+first = Path(load_recipe(file).output_dir, "checkpoints", "step-00000004")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def listener(event):
     if moment == "between" and isinstance(event, events.Stepped) and event.record["step"] == 6:
+        while not first.exists():  # written beside the training, on a slow disk longer than it takes to come here
+            time.sleep(0.01)
         die()
 
 write_json = checkpoint._write_json
@@ -249,6 +254,7 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
     assert checkpoints(tmp_path / "run") == ["step-00000008", "step-00000012"]
 
 
+@pytest.mark.timeout(2000)  # a disk that takes its time over 100 checkpoints
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
     ("device", "kills", "steps", "every"),
@@ -261,13 +267,13 @@ def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, ste
     whole = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), *more]
     make_recipe()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as fast as those that are killed
-    subprocess.run([*whole, f"output_dir={tmp_path}/once"], env=environment, timeout=200, check=True)
+    subprocess.run([*whole, f"output_dir={tmp_path}/once"], env=environment, timeout=1000, check=True)
     once = train(make_recipe(*more, f"output_dir={tmp_path}/once"))
     # All together get about half of the way.
     longest = read_metrics(once.run_dir / "metrics.jsonl")[-1]["seconds"] / kills
     command = [sys.executable, "-m", "tests.training.killed", str(tmp_path / "tiny.yaml"), "3", str(kills)]
     command += [str(longest), *more]
-    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, timeout=1500, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     present = json.loads(done.stdout.splitlines()[-1])
     assert len(present) == kills + 1
