@@ -345,8 +345,15 @@ def tokenising(result: dict[str, Any]) -> str:
     return "\n\n".join([said, told(result["about"])])
 
 
+def host(result: dict[str, Any]) -> str:
+    rows = [[name, f"{value:.1f}"] for name, value in result["microseconds"].items()]
+    said = f"A forward and backward has {result['launches']} launches."
+    return "\n\n".join([table(["µs of the host, without the driver's", ""], rows), said, told(result["about"])])
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
+    "host": host,
     "mqar_tiny": mqar_tiny,
     "prose_15m": prose,
     "prose_100m": prose,

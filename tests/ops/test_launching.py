@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
+import triton
+from triton.compiler import CompiledKernel
+
 from flash_gsa.ops.triton import launching
 
 CONSTANTS = {"BACK": False, "SIZE": 16}  # in another order than the kernel's
@@ -35,11 +38,38 @@ class Kernel:
 
 
 class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
+    """What a launch needs of Triton's own compiled kernel, whose way of launching is the one that is Triton's here."""
 
-    def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.launched.append((self, grid, arguments))
+    name, function, packed_metadata, src = "kernel", 5, (4, 1, 0), None
+    __getitem__, launch_metadata = CompiledKernel.__getitem__, CompiledKernel.launch_metadata
+
+    def __init__(self, kernel):
+        self.kernel, self.told = kernel, []
+
+    def _init_handles(self):
+        pass
+
+    def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments):
+        assert (stream, function, packed_metadata) == (STREAM, self.function, self.packed_metadata)
+        self.told.append((metadata, enter, leave))
+        self.kernel.launched.append((self, (x, y, z), arguments))
+
+
+STREAM = 77
+
+
+class Driver:
+    def get_current_device(self):
+        return None
+
+    def get_current_stream(self, device):
+        assert device is None  # the index of the tensors' device, the CPU here
+        return STREAM
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
 
 
 X = torch.zeros(9)
@@ -80,6 +110,39 @@ def test_what_was_compiled_for_the_same_is_launched_with_constants_in_its_order(
     assert (of, grid) == (compiled, (8, 1, 1))
     wanted = {"x": X, "y": X, "n": 3} | change | {"SIZE": 16, "BACK": False}
     assert arguments == tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in wanted.values())
+
+
+def test_a_launch_is_tritons_own_but_for_what_hooks_are_told():
+    kernel = Kernel()
+    compiled = launch(kernel)
+    launch(kernel)
+    ((_, grid, arguments),) = kernel.launched
+    compiled[grid](*arguments)
+    ours, theirs = kernel.launched
+    assert ours == theirs
+    assert compiled.told[0] == (None, None, None)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_watches_launches_is_told(name, monkeypatch):
+    def hook(metadata):
+        pass
+
+    kernel = Kernel()
+    compiled = launch(kernel)
+    getattr(triton.knobs.runtime, name).add(hook)
+    try:
+        launch(kernel)
+    finally:
+        getattr(triton.knobs.runtime, name).remove(hook)
+    monkeypatch.setattr(triton.knobs.runtime, name, hook)  # in the place of the chain
+    launch(kernel)
+    monkeypatch.undo()
+    assert [metadata.get()["name"] for metadata, _, _ in compiled.told] == ["kernel", "kernel"]
+    chain, alone = (told[1 if name == "launch_enter_hook" else 2] for told in compiled.told)
+    assert isinstance(chain, triton.knobs.HookChain)
+    assert alone is hook
+    assert len(kernel.launched) == 2
 
 
 def test_fusion_can_be_refused():

@@ -1,0 +1,63 @@
+"""What the host does of a call is measured without a GPU, and leaves nothing idle behind."""
+
+import json
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
+
+from benchmarks import host, render  # noqa: E402
+from flash_gsa.ops.triton import ahead, launching, plan  # noqa: E402
+
+BEFORE = launching._compile, ahead.INTERPRETED, triton.runtime.driver._active
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 2)
+    monkeypatch.setattr(host, "REPEATS", 3)
+
+
+def test_a_result_with_every_time(quickly, tmp_path, capsys):
+    host.main(["--output", str(tmp_path / "host.json")])
+    result = json.loads((tmp_path / "host.json").read_text())
+    assert result["launches"] == 8  # prepare, two of a forward, five of a backward
+    assert len(result["microseconds"]) == 6
+    assert all(value > 0 for value in result["microseconds"].values())
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    shown = render.host(result)
+    assert all(f"| {name} | {value:.1f} |" in shown for name, value in result["microseconds"].items())
+
+
+def test_nothing_idle_is_left_behind():
+    before = torch.get_num_threads()
+    with host.idle_launches() as launched:
+        forward, both = host.operator()
+        forward(None)
+        assert launched == ["prepare", "states_forward", "outputs"]
+        both(None)
+        both(None)
+        assert len(launched) == 3 + 6  # the forward that keeps something has another `outputs`
+    assert (launching._compile, ahead.INTERPRETED, triton.runtime.driver._active) == BEFORE
+    assert not plan._plans
+    assert launching.variant.cache_info().currsize == 0
+    assert torch.get_num_threads() == before
+
+
+def test_a_launch_is_quicker_unwatched_and_does_the_same():
+    told = []
+    with host.idle_launches() as launched:
+        launch = host.a_launch()
+        idle = launch()
+        idle.run = lambda *what: told.append(what)
+        launch()
+        with host.watched():
+            launch()
+    assert len(launched) == 1
+    ours, theirs = told
+    metadata = slice(6, 9)  # what a launch is called and the hooks, which only those who watch are told
+    assert ours[metadata] == (None, None, None)
+    assert None not in theirs[metadata]
+    assert ours[:6] + ours[9:] == theirs[:6] + theirs[9:]
+    assert not triton.knobs.runtime.launch_enter_hook.calls
