@@ -6,8 +6,6 @@ of the code around the launches gives, on one machine and in one run. Needs Trit
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +18,13 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from flash_gsa.benchmarking.about import about, write
+from flash_gsa.benchmarking.timing import Stopwatch
 from flash_gsa.ops.triton import ahead, launching, plan
 from flash_gsa.ops.triton.library import attention
 
 # Nobody looks into the tensors, so small ones do: a CPU takes longer to allocate large ones than a GPU does.
 HEADS, WIDTH, SLOTS, LENGTH, SEQUENCES = 1, 64, 64, 256, 16
-CALLS, REPEATS = 200, 9
+BUDGET, REPEATS = 0.3, 9  # seconds of each measurement, and of how many parts the median is told
 
 
 class Idle:
@@ -73,8 +72,7 @@ def idle_launches() -> Iterator[list[str]]:
         launching._compile, ahead.INTERPRETED = own[:2]
         triton.runtime.driver._active = own[2]
         # What is idle here must not be found by a call afterwards.
-        for cached in (launching.variant, launching._ordered):
-            cached.cache_clear()
+        launching.variant.cache_clear()
         plan._plans.clear()
 
 
@@ -123,18 +121,6 @@ def _nothing(metadata: object) -> None:
     pass
 
 
-def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
-    """Of one call: the median of means of `calls`."""
-    call()
-    means = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        means.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(means)
-
-
 def measure() -> dict[str, Any]:
     """Microseconds by what was called, and the launches of a forward and backward."""
     packed = torch.linspace(0, LENGTH, SEQUENCES + 1).to(torch.int32)
@@ -144,6 +130,11 @@ def measure() -> dict[str, Any]:
         plan._plans.clear()
         return both(packed)
 
+    def microseconds(call: Callable[[], object]) -> float:
+        call()
+        return stopwatch.cost(call).seconds * 1e6
+
+    stopwatch = Stopwatch(torch.device("cpu"), BUDGET, REPEATS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -155,10 +146,10 @@ def measure() -> dict[str, Any]:
                 "forward and backward": microseconds(lambda: both(None)),
                 f"the same of {SEQUENCES} packed sequences": microseconds(lambda: both(packed)),
                 "the same, of boundaries not met before": microseconds(anew),
-                "a launch of 26 arguments and 20 constants": microseconds(a_launch(), 20 * CALLS),
+                "a launch of 26 arguments and 20 constants": microseconds(a_launch()),
             }
             with watched():
-                found["such a launch by Triton's `compiled[grid]`"] = microseconds(a_launch(), 20 * CALLS)
+                found["such a launch by Triton's `compiled[grid]`"] = microseconds(a_launch())
     finally:
         torch.set_num_threads(threads)
     return {"launches": launches, "microseconds": found}

@@ -15,12 +15,13 @@ BEFORE = launching._compile, ahead.INTERPRETED, triton.runtime.driver._active
 
 @pytest.fixture
 def quickly(monkeypatch):
-    monkeypatch.setattr(host, "CALLS", 2)
-    monkeypatch.setattr(host, "REPEATS", 3)
+    monkeypatch.setattr(host, "BUDGET", 0.003)
 
 
 def test_a_result_with_every_time(quickly, tmp_path, capsys):
+    threads = torch.get_num_threads()
     host.main(["--output", str(tmp_path / "host.json")])
+    assert torch.get_num_threads() == threads
     result = json.loads((tmp_path / "host.json").read_text())
     assert result["launches"] == 8  # prepare, two of a forward, five of a backward
     assert len(result["microseconds"]) == 6
@@ -31,7 +32,6 @@ def test_a_result_with_every_time(quickly, tmp_path, capsys):
 
 
 def test_nothing_idle_is_left_behind():
-    before = torch.get_num_threads()
     with host.idle_launches() as launched:
         forward, both = host.operator()
         forward(None)
@@ -42,7 +42,6 @@ def test_nothing_idle_is_left_behind():
     assert (launching._compile, ahead.INTERPRETED, triton.runtime.driver._active) == BEFORE
     assert not plan._plans
     assert launching.variant.cache_info().currsize == 0
-    assert torch.get_num_threads() == before
 
 
 def test_a_launch_is_quicker_unwatched_and_does_the_same():

@@ -77,14 +77,14 @@ def launch(variant: Variant, programs: int, arguments: tuple) -> Any:
     if _is_watched():
         compiled[(programs, 1, 1)](*values, *rest)
     else:
-        stream = triton.runtime.driver.active.get_current_stream(kinds[0].index)
+        stream = triton.runtime.driver.active.get_current_stream(arguments[0].device.index)
         told = None, None, None  # what a launch is called, and the hooks before and after it
         compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, *told, *values, *rest)
     return compiled
 
 
 def _is_watched() -> bool:
-    """Whether a profiler has hooks at launches; to prepare what they are told takes Triton half as long as a launch."""
+    """Whether a profiler has hooks at launches; Triton's own way prepares at every launch what they would be told."""
     runtime = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Triton's chains of hooks, unless somebody has put a hook there instead.
