@@ -23,6 +23,26 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.de
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[turn:] + devices[:turn])
 
 
+@pytest.hookimpl(trylast=True)  # of what -m, -k and the like have left
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `long` begin first, each in another process: `--dist worksteal` gives each process one stretch of
+    all tests, and never takes a test away from a process that is about to run it."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = long_first(items, processes, lambda item: item.get_closest_marker("long") is not None)
+
+
+def long_first(items, processes, is_long):
+    """`items` in which those that are long begin the stretches, of one length or nearly, that `processes` get."""
+    long, others, found = [x for x in items if is_long(x)], [x for x in items if not is_long(x)], []
+    for process in range(processes):
+        share = (len(items) - len(found)) // (processes - process)
+        begin = long[process::processes]
+        rest = max(share - len(begin), 0)
+        found += begin + others[:rest]
+        others = others[rest:]
+    return found
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     # Workers of pytest-xdist share the cores; and small tensors gain nothing from a second thread.

@@ -7,7 +7,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests.conftest import long_first
 
 ROOT = Path(__file__).parent.parent
 SUITE = """
@@ -72,3 +75,16 @@ def test_a_file_that_cannot_be_collected(tmp_path):
     assert record["exit_status"] == 2
     assert record["counts"] == {"failed": 1}
     assert "a_module_that_does_not_exist" in next(iter(record["failed"].values()))
+
+
+@pytest.mark.parametrize(("items", "processes"), [(1538, 56), (100, 7), (40, 1), (40, 20), (7, 20), (0, 2)])
+def test_long_tests_begin_the_stretches_of_processes(items, processes):
+    long = set(range(items)[2:12])
+    found = long_first(list(range(items)), processes, long.__contains__)
+    assert sorted(found) == list(range(items))
+    first, left = [], found
+    for process in range(processes):  # as `--dist worksteal` does
+        share = len(left) // (processes - process)
+        first += left[: min(share, 1)]
+        left = left[share:]
+    assert len(long & set(first)) == min(len(long), processes, len(first))

@@ -535,6 +535,7 @@ def test_unmodified_fla_in_the_interpreter():
 
 @needs_fla
 @pytest.mark.gpu
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("tokens", [40, 256])

@@ -109,6 +109,7 @@ def outputs_of_the_last(case: Case) -> None:
 
 
 @gpu
+@pytest.mark.long
 def test_tensors_of_more_elements_than_32_bits_count(gpu_room):
     # Of triton alone: `chunk` leaves its offsets to PyTorch, and its float32 copies of these would not fit.
     # One test for all of them, so that they are never in memory at the same time.

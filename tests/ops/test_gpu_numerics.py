@@ -488,6 +488,7 @@ def sizes_up_to(most: int) -> st.SearchStrategy[int]:
     return st.one_of(st.sampled_from(edges), st.integers(1, most))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_any_sizes(gpu_backend, dtype):
     skip_unless_able(gpu_backend, inputs(WIDE, dtype), WIDE)

@@ -258,7 +258,7 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
     ("device", "kills", "steps", "every"),
-    [("cpu", 20, 400, 4), pytest.param("cuda", 3, 800, 16, marks=pytest.mark.gpu)],
+    [("cpu", 20, 400, 4), pytest.param("cuda", 3, 800, 16, marks=[pytest.mark.gpu, pytest.mark.long])],
 )
 def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps, every):
     more = (f"schedule.steps={steps}", f"checkpoints.every={every}", "evaluation.every=200", f"device={device}")
