@@ -37,30 +37,34 @@ FORWARD = ("prepare", "states_forward", "outputs")
 class Moved:
     """Arguments that a kernel `reads` and `writes`, by its own names: for every chunk whole.
 
-    ends: of these only the last row of each block is read.
+    walked: of these all but one chunk of each sequence is read: what the last chunk writes, or in a backward the first
+    one reads, no other asks for. ends: of these only the last row of each block is read.
     """
 
     reads: str
     writes: str
+    walked: str = ""
     ends: str = ""
 
-    def read_shares(self, rows: int) -> dict[str, float]:
-        """{argument: which part of it is read} with so many `rows` a block."""
-        return dict.fromkeys(self.reads.split(), 1.0) | dict.fromkeys(self.ends.split(), 1 / rows)
+    def read_shares(self, rows: int, chunks: float) -> dict[str, float]:
+        """{argument: which part of it is read} with so many `rows` a block and `chunks` a sequence."""
+        shares = ((self.reads, 1.0), (self.walked, 1 - 1 / chunks), (self.ends, 1 / rows))
+        return {name: share for names, share in shares for name in names.split()}
 
 
 MOVED = {
     "prepare": Moved("g", "until scaled levels"),
-    "states_forward": Moved("k v scaled", "hk hv", ends="until"),
+    "states_forward": Moved("", "hk hv", walked="k v scaled", ends="until"),
     "outputs": Moved("q k v until scaled levels hk hv", "o p_out lse_out"),
     "values_backward": Moved("v until scaled levels hv p lse do", "read_p read_dl reached"),
-    "states_backward": Moved("q do read_p read_dl hk hv", "dhk dhv passed", ends="until"),
+    "states_backward": Moved("hk hv", "dhk dhv passed", walked="q do read_p read_dl", ends="until"),
     "inputs_backward": Moved(
         "y x h dh read until scaled levels written_sum carried_sum", "dy dx written_sum carried_sum"
     ),
     "gates_backward": Moved("g passed written carried dg", "dg", ends="until"),
 }
-"""Of one sequence or a batch whose tokens fill their chunks, walked in one segment, without s of its own."""
+"""Of one sequence or a batch whose tokens fill their chunks, walked in one segment, without s of its own, and without
+states before or gradients of states behind."""
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Launch:
     @property
     def reads(self) -> dict[str, int]:
         """{argument: bytes that are read of it}."""
-        shares = MOVED[self.kernel].read_shares(self.constants["BT"])
+        shares = MOVED[self.kernel].read_shares(self.constants["BT"], self.arguments["T"] / self.constants["C"])
         if self.kernel == "inputs_backward":
             # The first pass begins the sums, the second has no use for the states before chunks.
             unread = ("written_sum", "carried_sum") if self.constants["FIRST"] else ("h",)

@@ -20,6 +20,8 @@ from .shapes import Shape
 Tensors = dict[str, Any]
 """Tensors by their names in the equations."""
 
+CPU = torch.device("cpu")
+
 RECOMPUTE = "recompute"
 """What `auto` runs, with states="recompute"."""
 
@@ -102,9 +104,10 @@ class Ours(Implementation):
 
     def with_state(self, x: Tensors, shape: Shape, final: bool = False) -> tuple[Tensor, Any]:
         """(o, final state)."""
+        on_cpu, on_device = boundaries(shape), boundaries(shape, x["q"].device)
         return gated_slot_attention(
             **x,
-            cu_seqlens=boundaries(shape),
+            cu_seqlens=on_device if _is_captured(x["q"].device) else on_cpu,
             output_final_state=final,
             states="recompute" if self.name == RECOMPUTE else "keep",
             backend=self._asked,
@@ -147,8 +150,8 @@ class Fla(Implementation):
     def forward(self, x: Tensors, shape: Shape) -> Tensor:
         from fla.ops.gsa import chunk_gsa
 
-        bounds = boundaries(shape)
-        return chunk_gsa(**x, scale=1.0, cu_seqlens=None if bounds is None else bounds.to(x["q"].device))[0]
+        # The same tensor for every call, as in the layers of a model: it keeps what it finds out of one.
+        return chunk_gsa(**x, scale=1.0, cu_seqlens=boundaries(shape, x["q"].device))[0]
 
     def definition(self, x: Tensors, shape: Shape) -> Tensor:
         return recurrence(x, shape)[0]
@@ -230,9 +233,15 @@ def measured_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def boundaries(shape: Shape) -> Tensor | None:
-    """`cu_seqlens` of packed sequences, on the CPU."""
-    return None if shape.boundaries is None else torch.tensor(shape.boundaries)
+@cache
+def boundaries(shape: Shape, device: torch.device = CPU) -> Tensor | None:
+    """`cu_seqlens` of packed sequences, the same tensor for every call."""
+    return None if shape.boundaries is None else torch.tensor(shape.boundaries, device=device)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, into which nothing can be copied from the CPU."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def recurrence(x: Tensors, shape: Shape, final: bool = False, backend: str = "reference", **options: Any) -> Any:

@@ -33,9 +33,6 @@ from flash_gsa.ops.products import product_dtype
 from flash_gsa.ops.triton.tiles import choose
 from flash_gsa.training.engine import checkpoint_blocks
 
-DOCUMENT = 1024
-"""So many tokens are taken for a document, on average."""
-
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -77,7 +74,7 @@ def step_memory(
         checkpoint_blocks(model, checkpointing)
         for module in model.modules():
             if hasattr(module, "sequences"):
-                module.sequences = _SizesOnly(length)
+                module.sequences = _SizesOnly()
         if accumulating:
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
@@ -147,16 +144,13 @@ class _Live(TorchDispatchMode):
 class _SizesOnly(WholeSequences):
     """Mixing along time by what the kernels would take, without their arithmetic."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-
     def gated_slot_attention(self, *inputs, **options):
         q, k, v, g, s = (*inputs, None)[:5]
-        return _Slots.apply(q, k, v, g, s, self.length), None
+        return _Slots.apply(q, k, v, g, s), None
 
     def gated_linear_attention(self, *inputs, **options):
         q, k, v, g = inputs
-        return _Linear.apply(q, k, v, g.expand_as(k), self.length), None
+        return _Linear.apply(q, k, v, g.expand_as(k)), None
 
     def abc_gates(self, logits, normalizer, cu_seqlens):
         return *_Abc.apply(logits), None
@@ -188,18 +182,17 @@ def _sizes_only() -> Iterator[None]:
         yield
 
 
-def _shared(q: Tensor, k_width: int, v: Tensor, g: Tensor, length: int) -> tuple[Tensor, ...]:
-    """What the kernels prepare of gates, and the states before every chunk: as `ops/triton/passes.py` keeps them."""
+def _shared(q: Tensor, k_width: int, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """What the kernels prepare of gates, and the states between chunks: as `ops/triton/passes.py` keeps them."""
     B, T, H, M = g.shape
     half = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     tiles = choose(q.dtype, k_width, v.shape[3], M, q.shape[2] // H, torch.device("cpu"))
-    # Rows and documents begin chunks of their own.
-    chunks = B * T // tiles.C + B * T // length + B * T // DOCUMENT
+    between = B * T // tiles.C  # at most, however the tokens are cut into rows and documents
     return (
         torch.empty_like(g, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32),
         torch.empty_like(g, dtype=half),
-        g.new_empty(chunks, H, M, k_width, dtype=half),
-        g.new_empty(chunks, H, M, v.shape[3], dtype=half),
+        g.new_empty(between, H, M, k_width, dtype=half),
+        g.new_empty(between, H, M, v.shape[3], dtype=half),
     )
 
 
@@ -207,9 +200,9 @@ class _Slots(Function):
     """Gated slot attention."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, s, length):
+    def forward(ctx, q, k, v, g, s):
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
-        shared = _shared(q, k.shape[3], v, g, length)
+        shared = _shared(q, k.shape[3], v, g)
         p = q.new_empty(*q.shape[:3], g.shape[3], dtype=shared[1].dtype)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, g, s, *shared, p, lse)
@@ -223,16 +216,16 @@ class _Slots(Function):
         # Read, written and carried parts of gates' gradients; those of states lie where dv and the states are.
         meanwhile = torch.empty_like(p), torch.empty_like(g, dtype=torch.float32), torch.empty_like(g, dtype=p.dtype)
         del meanwhile
-        return dq, dk, dv, dg.to(g.dtype), ds, None
+        return dq, dk, dv, dg.to(g.dtype), ds
 
 
 class _Linear(Function):
     """Gated linear attention: the second pass of the above, its keys in the place of the slots."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, length):
+    def forward(ctx, q, k, v, g):
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
-        *gates, _, states = _shared(q, 0, v, g, length)
+        *gates, _, states = _shared(q, 0, v, g)
         ctx.save_for_backward(q, k, v, g, *gates, states)
         return q.new_empty(*q.shape[:3], v.shape[3])
 
@@ -241,7 +234,7 @@ class _Linear(Function):
         q, k, v, g, *_, states = ctx.saved_tensors
         meanwhile = torch.empty_like(states), torch.empty_like(q), torch.empty_like(g, dtype=torch.float32)
         del meanwhile
-        return *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(g), None
+        return *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(g)
 
 
 class _Abc(Function):

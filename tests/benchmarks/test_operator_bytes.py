@@ -95,11 +95,11 @@ else:
     def test_counts_of_the_1_3b_layer():
         (shape,) = (s for s in SUITES["gpu"].shapes if s.label == "1.3B-8x2048")
         counted = operator_bytes.count(shape)
-        tokens, states = 8 * 2048, 2 * 2048 * 8 // 128 * 4 * 64 * 512
+        tokens, states = 8 * 2048, 2 * 8 * (2048 // 128 - 1) * 4 * 64 * 512
         wide, slots = tokens * 4 * 512 * 2, tokens * 4 * 64
         by_name = {kernel["kernel"]: kernel for kernel in counted["kernels"]}
         walk = by_name["states_forward"]
-        assert walk["read"] == 2 * wide + 2 * slots + 4 * slots // 64
+        assert walk["read"] == (2 * wide + 2 * slots) * 15 // 16 + 4 * slots // 64
         assert walk["written"] == 2 * states
         assert counted["kernels"][-3]["written"] == 2 * wide + (4 + 2) * slots
         # Without gradients, the softmax and its sums are not kept.
@@ -112,7 +112,7 @@ else:
         # Gradients of states lie in dv and over the states of Ṽ.
         assert not {"dhk", "dhv", "dl", "read_dl"} & tensors.keys()
         # What PyTorch's allocator counts on a GPU, in benchmarks/results/op_gpu.json.
-        assert sum(tensors.values()) == 420749312
+        assert sum(tensors.values()) == 416555008
 
     def test_the_program_writes_a_result(tmp_path, monkeypatch):
         path, said = tmp_path / "bytes.json", []
@@ -122,4 +122,4 @@ else:
         assert result["about"]["command"] == f"python -m benchmarks.operator_bytes --output {path}"
         assert [found["shape"]["label"] for found in result["shapes"]] == ["340M-8x2048"]
         assert said[0].startswith("340M-8x2048: ")
-        assert said[0].endswith(" 241 MiB held")
+        assert said[0].endswith(" 239 MiB held")

@@ -41,6 +41,8 @@ from .chunks import (
     near_writes,
     one_minus_exp,
     passing,
+    place_before,
+    place_behind,
     products,
     store_rows,
     sums_before_and_from,
@@ -59,7 +61,8 @@ def values_backward(
     chunk_sequence, first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, SLICES: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, HAS_INITIAL: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pass 2 backward: read_p = p ∘ e^G, read_dl = dℓ ∘ e^G and dℓ [·, HQ, M] (dℓ only where levels above 0 occur);
     reached = dℓ ∘ ℓ + p ∘ dp [·, H, M] in float32, summed over the query heads of a group.
@@ -73,13 +76,14 @@ def values_backward(
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    n, index, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
     token, before = start + place * BT, place * BT
     if token >= end:
         return
     left = tl.minimum(end - token, C).to(tl.int32)
     row, row_q = token * H + h, token * (H * R) + h * R
-    state = (chunk * H + h).to(tl.int64) * M
+    state = (place_before(chunk, n, HAS_INITIAL) * H + h).to(tl.int64) * M
+    slots = tl.where((index > 0) | HAS_INITIAL, M, 0)  # that there are of the state
     gates = row * M
     block = (chunk * BLOCKS + place) * H + h
     found = load_levels(levels, block, True, SLICES)
@@ -90,13 +94,13 @@ def values_backward(
     g, s, until, scaled = g + gates, s + gates, until + gates, scaled + gates
     if (found | found_before) > 0:
         _of_values_any(
-            q, v + row * V, g, s, until, scaled, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            q, v + row * V, g, s, until, scaled, hv + state * V, slots, p, lse, do, dq, dl, read_p, read_dl,
             reached + gates, row_q, found, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, DOT, PRECISION,
         )  # fmt: skip
     else:
         _of_values(
-            q, v + row * V, g, s, until, scaled, hv + state * V, p, lse, do, dq, dl, read_p, read_dl,
+            q, v + row * V, g, s, until, scaled, hv + state * V, slots, p, lse, do, dq, dl, read_p, read_dl,
             reached + gates, row_q, found, left, before, scale,
             H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
@@ -104,21 +108,24 @@ def values_backward(
 
 @triton.jit(noinline=True)
 def _of_values_any(
-    q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
+    q, v, g, s, until, scaled, hv, slots, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before,
+    scale,
     H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_of_values` with ANY: not inlined, see `_of_inputs_any`."""
     _of_values(
-        q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
+        q, v, g, s, until, scaled, hv, slots, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before,
+        scale,
         H, R, V, M, C, BT, BD, BM, RANGE, HAS_S, LINEAR, True, DOT, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _of_values(
-    q, v, g, s, until, scaled, hv, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before, scale,
+    q, v, g, s, until, scaled, hv, slots, p, lse, do, dq, dl, read_p, read_dl, reached, row, levels, left, before,
+    scale,
     H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, LINEAR: tl.constexpr,
     ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,7 +147,7 @@ def _of_values(
         if not LINEAR:
             sums = tl.load(lse + row + r + ot * (H * R), mask=ot < left, other=0.0)
         scores, old = products(
-            do + (row + r) * V, v, hv, scaled_before, early, late, left, before, scale,
+            do + (row + r) * V, v, hv, slots, scaled_before, early, late, left, before, scale,
             BT, C, H * R * V, H * V, V, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
         weak = own
@@ -179,11 +186,12 @@ def states_backward(
     q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, dhk0, dhv0, local_k, local_v, decay,
     cu_seqlens, segment_sequence, first_segment, first_chunk, T, sequences, segment_chunks, key_scale, value_scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr,
-    PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    WANT_INITIAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dhk, dhv [chunks, H, M, K | V]: gradients of both states after each chunk; dhk0, dhv0 of the initial ones;
-    passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhv may be the memory of hv.
+    """dhk, dhv [·, H, M, K | V]: gradients of both states after each chunk (`place_behind`); dhk0, dhv0 of the initial
+    ones; passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhv may be the memory of hv.
 
     The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
     a sequence's first, from the last block on that is read through the gates before it.
@@ -237,32 +245,43 @@ def states_backward(
         blocks = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
         lasting = blocks_that_last(sums, blocks, (end - start).to(tl.int32), False, BT, H, M, BM)
         chunks = tl.cdiv(lasting, BLOCKS)
-    else:
+    turns = chunks
+    if not LOCAL:
+        # What the segment's first chunk reads counts for the initial state alone.
+        turns = chunks - 1
+        if WANT_INITIAL:
+            turns = tl.where(index == 0, chunks, chunks - 1)
+        states += (place_before(chunk, n, HAS_INITIAL) * H + h) * one
+        out += (place_behind(chunk, n, HAS_FINAL) * H + h) * one
+        from_first = (index > 0) | HAS_INITIAL  # whether there is a state before the segment's first chunk
+        last = chunks - 1
+        begun = (last > 0) | ((last == 0) & from_first)
         before = tl.load(
-            states + ((chunk + chunks - 1) * H + h) * one + at_state,
-            mask=inside & (od[None, :] < tl.where(chunks > 0, size, 0)),
-            other=0.0,
+            states + last * H * one + at_state, mask=inside & (od[None, :] < tl.where(begun, size, 0)), other=0.0
         )
+        product = tl.sum(state * before.to(tl.float32), axis=1)
+        at_passed = passed + (((chunk + last) * H + h).to(tl.int64) * PARTS + part) * M + om
+        tl.store(at_passed, product, mask=om < tl.where(chunks > 0, M, 0))
+        if HAS_FINAL or SPLIT:
+            tl.debug_barrier()  # `out` may be where `before` has been loaded
+            going_on = (chunks > 0) & ((end - start > span) | HAS_FINAL)
+            there = inside & (od[None, :] < tl.where(going_on, size, 0))
+            tl.store(out + last * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
     sums += (chunks - 1).to(tl.int64) * (C * H * M)
     left = tl.where(chunks > 0, end - start - (chunks - 1) * C, 0)
     next_total = load_end(sums, left, BT, H, M, BM)
     next_total_1 = next_total
     if BLOCKS > 1:
         next_total_1 = load_end(sums + BT * H * M, left - BT, BT, H, M, BM)
-    for back in range(chunks):
+    for back in range(turns):
         i = chunks - 1 - back
         token = start + i * C
         left = end - token
         if not LOCAL:
-            here = (chunk + i) * H + h
-            tl.store(out + here * one + at_state, state.to(out.dtype.element_ty), mask=inside)
-            product = tl.sum(state * before.to(tl.float32), axis=1)
-            tl.store(passed + (here.to(tl.int64) * PARTS + part) * M + om, product, mask=slot)
-            # The state before the next turn's chunk: a turn ahead, like gates at the ends of its blocks.
+            # The state before the chunk before: well before its use, like gates at the ends of that chunk's blocks.
+            begun = (i > 1) | ((i == 1) & from_first)
             before = tl.load(
-                states + (here - H) * one + at_state,
-                mask=inside & (od[None, :] < tl.where(i > 0, size, 0)),
-                other=0.0,
+                states + (i - 1) * H * one + at_state, mask=inside & (od[None, :] < tl.where(begun, size, 0)), other=0.0
             )
         total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
         sums -= C * H * M
@@ -287,6 +306,15 @@ def states_backward(
                 )
                 addition = mm(tl.trans(weight.to(DOT)), values.to(DOT), PRECISION=PRECISION)
                 state += addition * factor
+        if not LOCAL:
+            there, of_slots = inside, slot
+            if WANT_INITIAL:
+                there = inside & (od[None, :] < tl.where(i > 0, size, 0))
+                of_slots = om < tl.where(i > 0, M, 0)
+            tl.store(out + (i - 1) * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
+            product = tl.sum(state * before.to(tl.float32), axis=1)
+            at_passed = passed + (((chunk + i - 1) * H + h).to(tl.int64) * PARTS + part) * M + om
+            tl.store(at_passed, product, mask=of_slots)
     if LOCAL:
         here = segment * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
@@ -306,8 +334,8 @@ def inputs_backward(
     chunk_sequence, first_chunk, T, sequences, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, SLICES: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    QUERIES: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass, (x, y) = (k, q) or (v, do), of one block and kv head. With near_tj what token t reads of j, read_t what
     it reads of the state before the chunk and kept_j what the state behind it has of j:
@@ -328,13 +356,16 @@ def inputs_backward(
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    n, index, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
     token, before = start + place * BT, place * BT
     if token >= end:
         return
     left = tl.minimum(end - token, C - before).to(tl.int32)
     row, row_q = token * H + head, token * (H * R) + head * R
-    state = (chunk * H + head).to(tl.int64) * M
+    h += (place_before(chunk, n, HAS_INITIAL) * H + head).to(tl.int64) * (M * D)
+    dh += (place_behind(chunk, n, HAS_FINAL) * H + head).to(tl.int64) * (M * D)
+    slots = tl.where((index > 0) | HAS_INITIAL, M, 0)  # that there are of the state before the chunk
+    slots_behind = tl.where((end - start > C) | HAS_FINAL, M, 0)
     block = (chunk * BLOCKS + place) * H + head
     found = load_levels(levels, block, True, SLICES)
     found_before = 0
@@ -342,20 +373,20 @@ def inputs_backward(
         found_before = load_levels(levels, block - H, place > 0, SLICES)
     gates = row * M
     g, s, until, scaled = g + gates, s + gates, until + gates, scaled + gates
-    y, x, dx, dh = y + row_q * D, x + row * D, dx + row * D, dh + state * D
+    y, x, dx = y + row_q * D, x + row * D, dx + row * D
     read, weights = read + row_q * M, weights + row_q * M
 
     # Here and not where it is used: from outside of a condition it comes through shared memory, and leaves registers.
     writing = _writing(scaled, until, left, H, M, C, BT, BM, RANGE, DOT)
     if (found | found_before) > 0:
         _of_inputs_any(
-            y, x, h + state * D, dh, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
+            y, x, h, dh, slots, slots_behind, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
             carried_sum + gates, row_q, found, left, before, factor,
             H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, DOT, PRECISION,
         )  # fmt: skip
     if (found | found_before) == 0:
         _of_inputs(
-            y, x, h + state * D, dh, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
+            y, x, h, dh, slots, slots_behind, read, weights, g, s, until, scaled, dy, dx, written_sum + gates,
             carried_sum + gates, writing, row_q, found, left, before, factor,
             H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, False, DOT, PRECISION,
         )  # fmt: skip
@@ -376,7 +407,7 @@ def _writing(
 
 @triton.jit(noinline=True)
 def _of_inputs_any(
-    y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, row,
+    y, x, h, dh, slots, slots_behind, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, row,
     levels, left, before, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
@@ -386,7 +417,7 @@ def _of_inputs_any(
     before their condition, where it fills the registers of what nearly every block takes."""
     writing = _writing(scaled, until, left, H, M, C, BT, BM, RANGE, DOT)
     _of_inputs(
-        y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum,
+        y, x, h, dh, slots, slots_behind, read, weights, g, s, until, scaled, dy, dx, written_sum,
         carried_sum, writing, row, levels, left, before, factor,
         H, R, D, M, C, BT, BD, BM, RANGE, HAS_S, QUERIES, FIRST, True, DOT, PRECISION,
     )  # fmt: skip
@@ -464,8 +495,8 @@ def gates_backward(
 
 @triton.jit
 def _of_inputs(
-    y, x, h, dh, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, writing, row,
-    levels, left, before, factor,
+    y, x, h, dh, slots, slots_behind, read, weights, g, s, until, scaled, dy, dx, written_sum, carried_sum, writing,
+    row, levels, left, before, factor,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, QUERIES: tl.constexpr,
     FIRST: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -505,7 +536,7 @@ def _of_inputs(
             beside, beside_left = x - BT * H * D, before
     for d in range(0, D, BD):
         xd = load_rows(x, left, d, BT, H * D, D, BD)
-        dhd = load_rows(dh, M, d, BM, D, D, BD).to(DOT)
+        dhd = load_rows(dh, slots_behind, d, BM, D, D, BD).to(DOT)
         carried = mm(xd.to(DOT), tl.trans(dhd), carried, PRECISION=PRECISION)
         out = tl.zeros([BT, BD], tl.float32)
         for r in range(R):
@@ -527,7 +558,7 @@ def _of_inputs(
                 zd = load_rows(beside + r * D, beside_left, d, BT, H * R * D, D, BD)
             # Here or after the rest, whichever leaves the compiler less to spill.
             if QUERIES and R == 1:
-                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
+                hd = load_rows(h, slots, d, BM, D, D, BD).to(DOT)
                 grad = mm(of_state, hd, PRECISION=PRECISION)
                 grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
                 if C > BT:
@@ -543,7 +574,7 @@ def _of_inputs(
                     until, levels, left, H, R, M, C, BT, BM, RANGE, ANY, DOT, PRECISION,
                 )  # fmt: skip
             if QUERIES and R > 1:
-                hd = load_rows(h, M, d, BM, D, D, BD).to(DOT)
+                hd = load_rows(h, slots, d, BM, D, D, BD).to(DOT)
                 grad = mm(of_state, hd, PRECISION=PRECISION)
                 grad = mm(near, xd.to(DOT), grad, PRECISION=PRECISION)
                 if C > BT:

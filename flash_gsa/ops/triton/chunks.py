@@ -47,6 +47,26 @@ def locate(part, boundaries, part_sequence, first_part, T, SPAN, PACKED: tl.cons
 
 
 @triton.jit
+def place_before(chunk, n, FROM_A_STATE: tl.constexpr):
+    """Where in memory the state before a chunk of the n'th sequence is. Unless sequences begin FROM_A_STATE, none is
+    before their first chunks."""
+    place = chunk
+    if not FROM_A_STATE:
+        place = chunk - n - 1
+    return place
+
+
+@triton.jit
+def place_behind(chunk, n, TO_A_STATE: tl.constexpr):
+    """Where the gradient of the state behind a chunk of the n'th sequence is. Unless there is one of final states, none
+    is behind their last chunks."""
+    place = chunk
+    if not TO_A_STATE:
+        place = chunk - n
+    return place
+
+
+@triton.jit
 def blocks_that_last(
     sums, steps, size, FROM_END: tl.constexpr,
     BT: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
@@ -206,21 +226,21 @@ def rolled(D: tl.constexpr, left):
 
 @triton.jit
 def products(
-    x, y, state, scaled, early, late, left, before, factor,
+    x, y, state, slots, scaled, early, late, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of x, y [BT, D] and state [M, D]: factor · x yᵀ [BT, BT], 0 above the diagonal, in the products' format; and what
-    x sees of all that was there before its block, factor · late ∘ (early ∘ x stateᵀ + x y₋ᵀ scaled₋) [BT, BM] in
+    """Of x, y [BT, D] and state [slots, D]: factor · x yᵀ [BT, BT], 0 above the diagonal, in the products' format; and
+    what x sees of all that was there before its block, factor · late ∘ (early ∘ x stateᵀ + x y₋ᵀ scaled₋) [BT, BM] in
     float32, where y₋ and scaled₋, the tile `scaled`, are of the block before, which has `before` tokens, 0 or BT, and
-    whose gates are early ∘ late (`passing`)."""
+    whose gates are early ∘ late (`passing`). slots: M, or 0 where there is no state yet."""
     scores = tl.zeros([BT, BT], tl.float32)
     far = tl.zeros([BT, BT], tl.float32)
     old = tl.zeros([BT, BM], tl.float32)
     for d in range(0, rolled(D, left), BD):
         xd = load_rows(x, left, d, BT, X_STRIDE, D, BD)
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
-        hd = load_rows(state, M, d, BM, D, D, BD)
+        hd = load_rows(state, slots, d, BM, D, D, BD)
         scores = add_product(scores, xd, tl.trans(yd), left, PRECISION)
         if C > BT:
             zd = load_rows(y - BT * Y_STRIDE, before, d, BT, Y_STRIDE, D, BD)
@@ -239,12 +259,12 @@ def products(
 
 @triton.jit
 def write_products(
-    near, y, read, state, out, scaled, early, late, left, before, factor,
+    near, y, read, state, slots, out, scaled, early, late, left, before, factor,
     BT: tl.constexpr, C: tl.constexpr, Y_STRIDE: tl.constexpr, O_STRIDE: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = factor · (near y + ((late ∘ read) scaled₋ᵀ) y₋ + (early ∘ late ∘ read) state), for near [BT, BT],
-    y [BT, D], read [BT, BM] in float32, state [M, D]; y₋, scaled₋, early and late as in `products`."""
+    y [BT, D], read [BT, BM] in float32, state [slots, D]; y₋, scaled₋, early and late as in `products`."""
     reading = read
     if C > BT:
         reading *= late[None, :]
@@ -256,7 +276,7 @@ def write_products(
         far = mm(far, tl.trans(scaled), PRECISION=PRECISION).to(DOT)
     for d in range(0, rolled(D, left), BD):
         yd = load_rows(y, left, d, BT, Y_STRIDE, D, BD)
-        hd = load_rows(state, M, d, BM, D, D, BD)
+        hd = load_rows(state, slots, d, BM, D, D, BD)
         total = mm(reading, hd.to(DOT), PRECISION=PRECISION)
         total = mm(near, yd.to(DOT), total, PRECISION=PRECISION)
         if C > BT:

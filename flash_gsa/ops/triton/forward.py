@@ -1,9 +1,9 @@
-"""Forward kernels: states before every chunk, then outputs of every chunk.
+"""Forward kernels: states between chunks, then outputs of every chunk.
 
-`states_forward` walks the chunks of a segment and writes both states as they are before each of them; `outputs`
-then does pass 1, the softmax and pass 2 of one block and query head without leaving the chip. Formulas:
-docs/mechanism.md. Names of sizes: C tokens a chunk, BT a block (see chunks.py), BD one slice of K or V, M slots (padded
-to BM, a power of two).
+`states_forward` walks the chunks of a segment and writes both states between them, which is before every chunk but a
+sequence's first; before that only where the sequence begins from a state. `outputs` then does pass 1, the softmax and
+pass 2 of one block and query head without leaving the chip. Formulas: docs/mechanism.md. Names of sizes: C tokens a
+chunk, BT a block (see chunks.py), BD one slice of K or V, M slots (padded to BM, a power of two).
 """
 
 import triton
@@ -25,6 +25,7 @@ from .chunks import (
     near_logits,
     near_logits_any,
     passing,
+    place_before,
     products,
     store_rows,
     time_order,
@@ -44,8 +45,8 @@ def states_forward(
 
     LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
     sum of its gates; of every segment but a sequence's last, and from the first block on that is not forgotten there.
-    Otherwise hk, hv [chunks, H, M, K | V], both states before each chunk, and hkT, hvT [N, H, M, K | V] after the
-    last; with SPLIT from the local states of the segments before. Grid: (segments·H·slices of K and V,).
+    Otherwise hk, hv [·, H, M, K | V], both states before each chunk (`place_before`), and hkT, hvT [N, H, M, K | V]
+    after the last; with SPLIT from the local states of the segments before. Grid: (segments·H·slices of K and V,).
     """
     KEY_PARTS: tl.constexpr = (K + BD - 1) // BD
     PARTS: tl.constexpr = KEY_PARTS + (V + BD - 1) // BD
@@ -91,9 +92,10 @@ def states_forward(
     rows = x + (start * H + h) * size
     weights = scaled + (start * H + h) * M
     sums = until + (start * H + h) * M
-    states = out + (chunk * H + h) * one
+    states = out + (place_before(chunk, n, HAS_INITIAL) * H + h) * one
     gates = tl.zeros([BM], tl.float32)
     begin = 0
+    turns = chunks
     if LOCAL:
         blocks = tl.minimum(tl.cdiv(end - start, BT), segment_chunks * BLOCKS).to(tl.int32)
         lasting = blocks_that_last(sums, blocks, (end - start).to(tl.int32), True, BT, H, M, BM)
@@ -101,6 +103,15 @@ def states_forward(
         rows += begin.to(tl.int64) * C * H * size
         weights += begin.to(tl.int64) * (C * H * M)
         sums += begin.to(tl.int64) * (C * H * M)
+    else:
+        # What the segment's last chunk writes counts for the final state alone.
+        turns = chunks - 1
+        if WANT_FINAL:
+            turns = tl.where(is_last, chunks, chunks - 1)
+        if HAS_INITIAL or SPLIT:
+            begun = (chunks > 0) & ((index > 0) | HAS_INITIAL)
+            there = inside & (od[None, :] < tl.where(begun, size, 0))
+            tl.store(states + at_state, state.to(out.dtype.element_ty), mask=there)
     # Gates at the ends of a chunk's blocks are loaded a chunk ahead: unlike what products take, this is not pipelined.
     left = end - start - begin * C
     next_total = load_end(sums, left, BT, H, M, BM)
@@ -108,9 +119,7 @@ def states_forward(
     if BLOCKS > 1:
         next_total_1 = load_end(sums + BT * H * M, left - BT, BT, H, M, BM)
     late = tl.full([BM], 1.0, tl.float32)  # what the state is still to be multiplied by
-    for i in range(begin, chunks):
-        if not LOCAL:
-            tl.store(states + i * H * one + at_state, (state * late[:, None]).to(out.dtype.element_ty), mask=inside)
+    for i in range(begin, turns):
         left = end - start - i * C
         total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
         next_total = load_end(sums + C * H * M, left - C, BT, H, M, BM)
@@ -134,6 +143,12 @@ def states_forward(
         rows += C * H * size
         weights += C * H * M
         sums += C * H * M
+        if not LOCAL:
+            behind = inside
+            if WANT_FINAL:
+                behind = inside & (od[None, :] < tl.where(i + 1 < chunks, size, 0))
+            before_next = (state * late[:, None]).to(out.dtype.element_ty)
+            tl.store(states + (i + 1) * H * one + at_state, before_next, mask=behind)
     state *= late[:, None]
     if LOCAL:
         here = segment * H + h
@@ -152,8 +167,8 @@ def outputs(
     first_chunk, T, sequences, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr,
-    PACKED: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SLICES: tl.constexpr, HAS_INITIAL: tl.constexpr, KEEP: tl.constexpr, LINEAR: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [·, HQ, V] and, for the backward, p = softmax(ℓ) [·, HQ, M] and log Σ e^ℓ [·, HQ] of one block and query head.
 
@@ -168,13 +183,14 @@ def outputs(
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    n, index, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
     token, before = start + place * BT, place * BT
     if token >= end:
         return
     left = tl.minimum(end - token, C).to(tl.int32)
     row, row_q = token * H + h, token * (H * R) + hq
-    state = (chunk * H + h).to(tl.int64) * M
+    state = (place_before(chunk, n, HAS_INITIAL) * H + h).to(tl.int64) * M
+    slots = tl.where((index > 0) | HAS_INITIAL, M, 0)  # that there are of the state
     gates = row * M
     block = (chunk * BLOCKS + place) * H + h
     found = load_levels(levels, block, True, SLICES)
@@ -185,34 +201,34 @@ def outputs(
     if (found | found_before) > 0:
         _output_any(
             q, k + row * K, v + row * V, g, s, until, scaled, hk + state * K, hv + state * V,
-            o, p_out, lse_out, row_q, place, found, left, before, scale,
+            o, p_out, lse_out, row_q, place, slots, found, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, DOT, PRECISION,
         )  # fmt: skip
     else:
         _output(
             q, k + row * K, v + row * V, g, s, until, scaled, hk + state * K, hv + state * V,
-            o, p_out, lse_out, row_q, place, found, left, before, scale,
+            o, p_out, lse_out, row_q, place, slots, found, left, before, scale,
             H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, False, DOT, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def _output_any(
-    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, slots, levels, left, before, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_output` with ANY: not inlined, see `backward._of_inputs_any`."""
     _output(
-        q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+        q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, slots, levels, left, before, scale,
         H, R, K, V, M, C, BT, BD, BM, RANGE, HAS_S, KEEP, LINEAR, True, DOT, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _output(
-    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, levels, left, before, scale,
+    q, k, v, g, s, until, scaled, hk, hv, o, p_out, lse_out, row, place, slots, levels, left, before, scale,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, RANGE: tl.constexpr, HAS_S: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, ANY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -238,7 +254,7 @@ def _output(
             weak = from_start(own, g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)
     else:
         scores, old = products(
-            q + row * K, k, hk, scaled_before, early, late, left, before, scale,
+            q + row * K, k, hk, slots, scaled_before, early, late, left, before, scale,
             BT, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
         grown = fast_exp(sums.to(tl.float32))
@@ -270,6 +286,6 @@ def _output(
     else:
         near = near_attention(read.to(DOT), weak, BT, DOT, PRECISION)
     write_products(
-        near, v, read, hv, o + row * V, scaled_before, early, late, left, before, factor,
+        near, v, read, hv, slots, o + row * V, scaled_before, early, late, left, before, factor,
         BT, C, H * V, H * R * V, V, BD, M, BM, ANY, DOT, PRECISION,
     )  # fmt: skip

@@ -148,7 +148,7 @@ def attention_op(
 @attention_op.register_fake
 def _(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep, recompute):
     plan = Plan(q, k, v, g, s is not None, cu_seqlens)
-    results, shared = forward_tensors(plan, q, g, want_final, keep)
+    results, shared = forward_tensors(plan, q, g, hk0 is not None, want_final, keep)
     if recompute or not keep:
         shared = (*shared[:-2], None, None)
     return _filled((*results, *shared), q)
@@ -227,7 +227,7 @@ def linear_attention_op(
 @linear_attention_op.register_fake
 def _(q, k, v, g, h0, cu_seqlens, scale, want_final):
     plan = Plan(q, k, v, g, True, cu_seqlens, linear=True)
-    results, shared = linear_forward_tensors(plan, q, g, want_final)
+    results, shared = linear_forward_tensors(plan, q, g, h0 is not None, want_final)
     return _filled((*results, *shared), q)
 
 

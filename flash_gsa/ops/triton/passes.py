@@ -3,6 +3,7 @@
 All tensors are contiguous; states lie as [·, H, M, K | V]. An absent tensor is None.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -12,28 +13,30 @@ from . import ahead, backward, forward
 from .plan import Plan, cdiv, plan_for
 
 
-def forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool, keep: bool) -> tuple[tuple, tuple]:
+def forward_tensors(
+    plan: Plan, q: Tensor, g: Tensor, has_initial: bool, want_final: bool, keep: bool
+) -> tuple[tuple, tuple]:
     """Room for (o, hkT, hvT), and for what kernels share and the backward needs; without `want_final` or `keep`, None
     for what only they need."""
     final = plan.boundary_states(q) if want_final else (None, None)
     o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
     p = q.new_empty(plan.B, plan.T, plan.HQ, plan.M, dtype=plan.state_dtype) if keep else None
     lse = q.new_empty(plan.B, plan.T, plan.HQ, dtype=torch.float32) if keep else None
-    return (o, *final), (*plan.gate_tensors(g), p, lse, *plan.states(q))
+    return (o, *final), (*plan.gate_tensors(g), p, lse, *plan.states(q, has_initial))
 
 
 def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
-    """((o, hkT, hvT), what the backward needs); the last two of the latter are the states before every chunk."""
+    """((o, hkT, hvT), what the backward needs); the last two of the latter are the states between chunks."""
     plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     given = (q, k, v, g, s, hk0, hv0, cu_seqlens)
     ahead.rehearse(plan, (want_final, keep, hk0 is not None), given, partial(_rehearsal, scale, want_final, keep))
     strength = g if s is None else s
-    results, shared = forward_tensors(plan, q, g, want_final, keep)
+    results, shared = forward_tensors(plan, q, g, hk0 is not None, want_final, keep)
     until, scaled, *_, hk, hv = shared
     with torch.cuda.device_of(q):
         plan.prepare(g, strength, shared[:3])
         _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, results[1:])
-        _outputs(plan, q, k, v, g, strength, shared, results[0], scale)
+        _outputs(plan, q, k, v, g, strength, shared, hk0 is not None, results[0], scale)
     return results, shared
 
 
@@ -51,7 +54,7 @@ def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool
     """
     plan = plan_for(q, k, v, g, s is not None, None)
     strength = g if s is None else s
-    (o, *final), shared = forward_tensors(plan, q, g, True, keep)
+    (o, *final), shared = forward_tensors(plan, q, g, True, True, keep)
     until, scaled, *_, hk, hv = shared
     with torch.cuda.device_of(q):
         plan.prepare(g, strength, shared[:3])
@@ -59,15 +62,16 @@ def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool
         if (before := exchange.before(*final, g)) is not None:
             hk0, hv0 = before
             _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final if want_final else (None, None))
-        _outputs(plan, q, k, v, g, strength, shared, o, scale)
+        _outputs(plan, q, k, v, g, strength, shared, hk0 is not None, o, scale)
     return (o, *(final if want_final else (None, None))), shared, (hk0, hv0)
 
 
-def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, o: Tensor, scale: float) -> None:
+def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, has_initial: bool, o: Tensor, scale: float) -> None:
     *gates, p, lse, hk, hv = shared
     plan.launch(
         forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-        (q, k, v, g, strength, *gates, hk, hv, o, p, lse), (scale,), exact=True, KEEP=p is not None,
+        (q, k, v, g, strength, *gates, hk, hv, o, p, lse), (scale,), exact=True,
+        HAS_INITIAL=has_initial, KEEP=p is not None,
     )  # fmt: skip
 
 
@@ -96,51 +100,62 @@ def backward_pass(
     initial = plan.boundary_states(q) if hk0 is not None or exchange is not None else (None, None)
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
+    has_initial, has_final = hk0 is not None, dhkT is not None
     with torch.cuda.device_of(q):
         if hk is None:
             last_use = True
-            hk, hv = plan.states(q)
+            hk, hv = plan.states(q, has_initial)
             _states(plan, q, k, v, scaled, until, hk0, hv0, hk, hv, (None, None))
         # Peak memory: dv is written last of all, and where Ṽ's states were, their gradients may come to lie.
-        dhk, dl, read_dl = _within(dv, hk, p, p)
-        dhv = hv if last_use and exchange is None else torch.empty_like(hv)
+        of_k, of_v = plan.state_shapes(has_final or exchange is not None)
+        dhk, dl, read_dl = _within(dv, plan.state_dtype, of_k, p.shape, p.shape)
+        dhv = hv if last_use and exchange is None and hv.shape == of_v else q.new_empty(of_v, dtype=plan.state_dtype)
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
             (q, v, g, strength, *gates, hv, p, lse, do, dq, dl, read_p, read_dl, dg), (1.0,), exact=True,
+            HAS_INITIAL=has_initial,
         )  # fmt: skip
-        walk = partial(_states_backward, plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, scale)
+        of_states = hk, hv, dhk, dhv, passed, initial, has_initial
+        walk = partial(_states_backward, plan, q, do, until, read_p, read_dl, *of_states, scale)
         walk(dhkT, dhvT)
         if exchange is not None and (behind := exchange.behind(*initial, g)) is not None:
+            has_final = True
             walk(*(more if own is None else own + more for own, more in zip((dhkT, dhvT), behind, strict=True)))
         of_keys = (q, k, hk, dhk, read_dl, dl), (dq, dk), scale
         of_values = (do, v, hv, dhv, read_p, p), (None, dv), 1.0
-        _inputs_backward(plan, (of_keys, of_values), g, strength, gates, passed, dg, ds)
+        ends = {"HAS_INITIAL": has_initial, "HAS_FINAL": has_final}
+        _inputs_backward(plan, (of_keys, of_values), ends, g, strength, gates, passed, dg, ds)
     return dq, dk, dv, dg.to(g.dtype), ds, *initial
 
 
-def _states_backward(plan: Plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, scale, dhkT, dhvT):
+def _states_backward(
+    plan: Plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, has_initial, scale, dhkT, dhvT
+):
     plan.walk(
         backward.states_backward, plan.tiles.states_backward, q,
         (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-        (scale, 1.0), HAS_FINAL=dhkT is not None, WANT_INITIAL=initial[0] is not None,
+        (scale, 1.0), HAS_INITIAL=has_initial, HAS_FINAL=dhkT is not None, WANT_INITIAL=initial[0] is not None,
     )  # fmt: skip
 
 
-def _within(memory: Tensor, *likes: Tensor) -> list[Tensor]:
-    """Tensors like these that lie in `memory` one after the other; those that do not fit there lie elsewhere."""
+def _within(memory: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors that lie in `memory` one after the other; those that do not fit there lie elsewhere."""
     room, begin, tensors = memory.view(-1), 0, []
-    for like in likes:
-        end = begin + like.numel()
-        if like.dtype == memory.dtype and end <= room.numel():
-            tensors.append(room[begin:end].view_as(like))
+    for shape in shapes:
+        end = begin + math.prod(shape)
+        if dtype == memory.dtype and end <= room.numel():
+            tensors.append(room[begin:end].view(shape))
             begin = cdiv(end, 64) * 64  # kernels are compiled for pointers that are multiples of 16 bytes
         else:
-            tensors.append(torch.empty_like(like))
+            tensors.append(memory.new_empty(shape, dtype=dtype))
     return tensors
 
 
-def _inputs_backward(plan: Plan, passes: tuple, g, strength, gates, passed, dg, ds) -> None:
-    """The end of a backward: for each pass a launch with (inputs, gradients of inputs, scale), then dg and ds."""
+def _inputs_backward(plan: Plan, passes: tuple, ends: dict[str, bool], g, strength, gates, passed, dg, ds) -> None:
+    """The end of a backward: for each pass a launch with (inputs, gradients of inputs, scale), then dg and ds.
+
+    ends: HAS_INITIAL and HAS_FINAL, see `plan.states`.
+    """
     # What the chunk's tokens owe cancels in part against what `values_backward` reached: 16 bits are too few there.
     written = torch.empty_like(g, dtype=torch.float32)
     carried = torch.empty_like(g, dtype=plan.state_dtype)
@@ -148,18 +163,20 @@ def _inputs_backward(plan: Plan, passes: tuple, g, strength, gates, passed, dg, 
         plan.launch(
             backward.inputs_backward, plan.tiles.inputs_backward, plan.blocks * plan.H,
             (*inputs, g, strength, *gates, *gradients, written, carried), (scale,),
-            D=inputs[1].shape[3], QUERIES=gradients[0] is not None, FIRST=i == 0,
+            D=inputs[1].shape[3], **ends, QUERIES=gradients[0] is not None, FIRST=i == 0,
         )  # fmt: skip
     plan.over_gates(
         backward.gates_backward, (g, strength, gates[0], passed, written, carried, dg, ds), PARTS=passed.shape[2]
     )
 
 
-def linear_forward_tensors(plan: Plan, q: Tensor, g: Tensor, want_final: bool) -> tuple[tuple, tuple]:
+def linear_forward_tensors(
+    plan: Plan, q: Tensor, g: Tensor, has_initial: bool, want_final: bool
+) -> tuple[tuple, tuple]:
     """Room for (o, hT), and for what kernels share and the backward needs."""
     o = q.new_empty(plan.B, plan.T, plan.HQ, plan.V)
     final = plan.boundary_states(q)[1] if want_final else None
-    return (o, final), (*plan.gate_tensors(g), plan.states(q)[1])
+    return (o, final), (*plan.gate_tensors(g), plan.states(q, has_initial)[1])
 
 
 def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
@@ -168,7 +185,7 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
     given = (q, k, v, g, h0, cu_seqlens)
     keep = any(x is not None and x.requires_grad for x in given)
     ahead.rehearse(plan, (want_final, keep, h0 is not None), given, partial(_linear_rehearsal, scale, want_final, keep))
-    (o, hT), shared = linear_forward_tensors(plan, q, g, want_final)
+    (o, hT), shared = linear_forward_tensors(plan, q, g, h0 is not None, want_final)
     *gates, h = shared
     until, scaled, _ = gates
     with torch.cuda.device_of(q):
@@ -176,7 +193,8 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
         _states(plan, q, v, v, scaled, until, h0, h0, h, h, (hT, hT))
         plan.launch(
             forward.outputs, plan.tiles.outputs, plan.blocks * plan.HQ,
-            (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), exact=True, KEEP=False,
+            (q, v, v, g, k, *gates, h, h, o, None, None), (scale,), exact=True,
+            HAS_INITIAL=h0 is not None, KEEP=False,
         )  # fmt: skip
     return (o, hT), shared
 
@@ -195,7 +213,8 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read = torch.empty_like(q, dtype=plan.state_dtype)
     dg = torch.empty_like(g, dtype=torch.float32)
-    dh = torch.empty_like(h)
+    ends = {"HAS_INITIAL": h0 is not None, "HAS_FINAL": dhT is not None}
+    dh = h.new_empty(plan.state_shapes(dhT is not None)[1])
     dh0 = None if h0 is None else plan.boundary_states(q)[1]
     parts = plan.slices(plan.tiles.states_backward)
     passed = q.new_empty(plan.chunks.count, plan.H, parts, plan.M, dtype=torch.float32)
@@ -203,12 +222,13 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
         plan.launch(
             backward.values_backward, plan.tiles.values_backward, plan.blocks * plan.H,
             (q, v, g, k, *gates, h, None, None, do, dq, None, read, None, dg), (scale,),
+            HAS_INITIAL=h0 is not None,
         )  # fmt: skip
         plan.walk(
             backward.states_backward, plan.tiles.states_backward, q,
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
-            (scale, scale), HAS_FINAL=dhT is not None, WANT_INITIAL=h0 is not None,
+            (scale, scale), **ends, WANT_INITIAL=h0 is not None,
         )  # fmt: skip
         only = (do, v, h, dh, read, q), (None, dv), scale
-        _inputs_backward(plan, (only,), g, k, gates, passed, dg, dk)
+        _inputs_backward(plan, (only,), ends, g, k, gates, passed, dg, dk)
     return dq, dk, dv, dg.to(g.dtype), dh0

@@ -84,7 +84,8 @@ class Plan:
         C = self.tiles.C
         self.cu_seqlens, self.device = cu_seqlens, q.device
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.chunks = Parts(self.B, self.T, C, cu_seqlens)
+        # An empty sequence has a chunk, of no tokens, so that n sequences before a chunk have as many that are last.
+        self.chunks = Parts(self.B, self.T, C, cu_seqlens, at_least_one=True)
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -146,19 +147,25 @@ class Plan:
         """Programs that share a head's states in a walk."""
         return cdiv(self.K, tile.BD) + cdiv(self.V, tile.BD)
 
-    def states(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for both states at every chunk."""
-        return self._pair(like, self.chunks.count, self.state_dtype)
+    def states(self, like: Tensor, at_ends: bool) -> tuple[Tensor, Tensor]:
+        """Room for both states between chunks and, with at_ends, at one end of every sequence."""
+        of_k, of_v = self.state_shapes(at_ends)
+        return like.new_empty(of_k, dtype=self.state_dtype), like.new_empty(of_v, dtype=self.state_dtype)
+
+    def state_shapes(self, at_ends: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of `states`."""
+        return self._shapes(self.chunks.count if at_ends else self.chunks.count - self.sequences)
 
     def boundary_states(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both states of every sequence, before its first token or after its last: float32."""
-        return self._pair(like, self.sequences, torch.float32)
+        return self._pair(like, self.sequences)
 
-    def _pair(self, like: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return (
-            like.new_empty(count, self.H, self.M, self.K, dtype=dtype),
-            like.new_empty(count, self.H, self.M, self.V, dtype=dtype),
-        )
+    def _pair(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        of_k, of_v = self._shapes(count)
+        return like.new_empty(of_k, dtype=torch.float32), like.new_empty(of_v, dtype=torch.float32)
+
+    def _shapes(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (count, self.H, self.M, self.K), (count, self.H, self.M, self.V)
 
     def gate_tensors(self, g: Tensor) -> tuple[Tensor, ...]:
         """Room for until, scaled and levels: see `gates.prepare`."""
@@ -188,7 +195,7 @@ class Plan:
         local: tuple[Tensor | None, ...] = (None, None, None)
         if self.split:
             decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
-            local = (*self._pair(like, self.segments.count, torch.float32), decay)
+            local = (*self._pair(like, self.segments.count), decay)
             alone = constants | {"LOCAL": True, "SPLIT": False}
             self._launch(kernel, programs, (*arguments, *local, *table), alone, tile)
         constants |= {"LOCAL": False, "SPLIT": self.split}
