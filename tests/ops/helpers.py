@@ -7,6 +7,7 @@ float32 is (`plain`), both written here from the equations, without the package'
 
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,22 @@ def call(backend: str, x: Tensors, case: Case, **options) -> tuple[Tensor, Tenso
     )
     assert state is not None
     return o, *state
+
+
+def trained(backend: str, x: Tensors, case: Case, zeros: bool = False) -> Tensors:
+    """o and gradients of o alone, as in training; with `zeros` from states of zeros, and with final states that nobody
+    uses."""
+    options: dict[str, Any] = {"scale": case.scale, "cu_seqlens": case.cu_seqlens, "backend": backend}
+    if zeros:
+        sizes = (case.sequences, case.H, case.K, case.M), (case.sequences, case.H, case.M, case.V)
+        of_nothing = tuple(torch.zeros(size, device=x["q"].device) for size in sizes)
+        options |= {"initial_state": of_nothing, "output_final_state": True}
+
+    def function(z: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        o, _ = gated_slot_attention(z["q"], z["k"], z["v"], z["g"], z.get("s"), **options)
+        return o, o.new_zeros(0), o.new_zeros(0)
+
+    return with_gradients(function, {name: y for name, y in x.items() if name in "qkvgs"})
 
 
 def recurrence(x: Tensors, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from flash_gsa import abc_gates, gated_slot_attention
 from flash_gsa.ops import Problem, explain
 
-from .helpers import EPS, Case, Tensors, call, make, rounded, skip_unless_able, with_gradients
+from .helpers import EPS, Case, Tensors, call, make, rounded, skip_unless_able, trained, with_gradients
 from .judge import CUDA, distance, o_alone, verdict
 
 pytestmark = pytest.mark.gpu
@@ -279,6 +279,24 @@ def test_memory_that_was_used_before_is_never_read(gpu_backend, case, dtype, kin
     clean = run(gpu_backend, x, case)
     poison_free_memory()
     assert_same_bits(run(gpu_backend, x, case), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lengths=(0, 300, 1, 0, 257, 128, 129, 0), HQ=4, H=2, K=80, V=136, M=33, state=False),
+        Case(T=5000, B=1, HQ=4, H=4, K=64, V=64, M=32, state=False),  # in segments
+    ],
+    ids=name_of,
+)
+def test_no_state_is_one_of_zeros(gpu_backend, case, dtype):
+    """Bit for bit, whatever was in memory."""
+    x = inputs(case, dtype)
+    skip_unless_able(gpu_backend, x, case)
+    zeros = trained(gpu_backend, x, case, zeros=True)
+    poison_free_memory()
+    assert_same_bits(trained(gpu_backend, x, case), zeros)
 
 
 def inside_nan(x: Tensor, shift: int) -> Tensor:

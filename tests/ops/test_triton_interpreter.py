@@ -16,7 +16,7 @@ from flash_gsa import gated_linear_attention
 
 from . import judge, rounding
 from . import test_linear as linear
-from .helpers import Case, Tensors, call, check, make, rounded, run, with_gradients
+from .helpers import Case, Tensors, call, check, make, rounded, run, trained, with_gradients
 from .interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
@@ -170,6 +170,34 @@ else:
         assert plan.split
         assert plan.segment_chunks * plan.tiles.C < longest
         check(run("triton", x, case), x, case, units=STRONG)
+
+    @pytest.mark.parametrize(("C", "BT"), [(32, 32), (64, 32)])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(T=130, B=2, HQ=2, H=1, K=6, V=5, M=3, state=False),
+            Case(T=30, B=2, HQ=1, H=1, K=6, V=5, M=3, state=False),
+            Case(T=1100, B=1, HQ=1, H=1, K=6, V=5, M=3, state=False),  # in segments
+            Case(lengths=(0, 65, 0, 1, 130, 32, 0), HQ=1, H=1, K=6, V=5, M=3, state=False),
+            Case(lengths=(0, 5, 1100, 0, 64), HQ=1, H=1, K=6, V=5, M=3, state=False, strength=True),
+        ],
+        ids=str,
+    )
+    def test_no_state_is_one_of_zeros(monkeypatch, case, C, BT):
+        """Bit for bit; without, none is written, read or kept before a first chunk, nor a gradient behind a last."""
+        chunks_of(C, BT, monkeypatch)
+        x = make(case)
+        zeros = trained("triton", x, case, zeros=True)
+        assert plan_of(x, case).split == (max(case.lengths or (case.T,)) > 1000)
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)  # which fills memory with NaN
+        try:
+            none = trained("triton", x, case)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert none.keys() == zeros.keys()
+        for name, y in none.items():
+            assert torch.equal(y, zeros[name]), name
 
     def test_what_a_segment_has_forgotten_is_left_out(monkeypatch):
         """A walk over what a segment alone adds begins, or ends, where nothing of what lies beyond is left."""

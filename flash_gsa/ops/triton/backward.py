@@ -247,10 +247,10 @@ def states_backward(
         chunks = tl.cdiv(lasting, BLOCKS)
     turns = chunks
     if not LOCAL:
-        # What the segment's first chunk reads counts for the initial state alone.
-        turns = chunks - 1
-        if WANT_INITIAL:
-            turns = tl.where(index == 0, chunks, chunks - 1)
+        # What a sequence's first chunk reads counts for the initial state alone. Where dhv lies over hv, a program must
+        # write where it alone reads: the gradient before its first chunk and not that behind its last, or the reverse.
+        whole = ((index == 0) & WANT_INITIAL) | ((index > 0) & (not HAS_FINAL))
+        turns = tl.where(whole, chunks, chunks - 1)
         states += (place_before(chunk, n, HAS_INITIAL) * H + h) * one
         out += (place_behind(chunk, n, HAS_FINAL) * H + h) * one
         from_first = (index > 0) | HAS_INITIAL  # whether there is a state before the segment's first chunk
@@ -262,10 +262,9 @@ def states_backward(
         product = tl.sum(state * before.to(tl.float32), axis=1)
         at_passed = passed + (((chunk + last) * H + h).to(tl.int64) * PARTS + part) * M + om
         tl.store(at_passed, product, mask=om < tl.where(chunks > 0, M, 0))
-        if HAS_FINAL or SPLIT:
+        if HAS_FINAL:
             tl.debug_barrier()  # `out` may be where `before` has been loaded
-            going_on = (chunks > 0) & ((end - start > span) | HAS_FINAL)
-            there = inside & (od[None, :] < tl.where(going_on, size, 0))
+            there = inside & (od[None, :] < tl.where(chunks > 0, size, 0))
             tl.store(out + last * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
     sums += (chunks - 1).to(tl.int64) * (C * H * M)
     left = tl.where(chunks > 0, end - start - (chunks - 1) * C, 0)
@@ -308,8 +307,8 @@ def states_backward(
                 state += addition * factor
         if not LOCAL:
             there, of_slots = inside, slot
-            if WANT_INITIAL:
-                there = inside & (od[None, :] < tl.where(i > 0, size, 0))
+            if WANT_INITIAL or SPLIT:
+                there = inside & (od[None, :] < tl.where((i > 0) | (index > 0), size, 0))
                 of_slots = om < tl.where(i > 0, M, 0)
             tl.store(out + (i - 1) * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
             product = tl.sum(state * before.to(tl.float32), axis=1)
