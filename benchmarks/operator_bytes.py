@@ -38,18 +38,34 @@ class Moved:
     """Arguments that a kernel `reads` and `writes`, by its own names: for every chunk whole.
 
     walked: of these all but one chunk of each sequence is read: what the last chunk writes, or in a backward the first
-    one reads, no other asks for. ends: of these only the last row of each block is read.
+    one reads, no other asks for. before: of these, states between chunks, all but the one before the last chunk is
+    read. ends: of these only the last row of each block is read.
     """
 
     reads: str
     writes: str
     walked: str = ""
+    before: str = ""
     ends: str = ""
 
     def read_shares(self, rows: int, chunks: float) -> dict[str, float]:
         """{argument: which part of it is read} with so many `rows` a block and `chunks` a sequence."""
-        shares = ((self.reads, 1.0), (self.walked, 1 - 1 / chunks), (self.ends, 1 / rows))
-        return {name: share for names, share in shares for name in names.split()}
+        shares = (
+            (self.reads, 1.0),
+            (self.walked, 1 - 1 / chunks),
+            (self.before, 1 - 1 / (chunks - 1)),
+            (self.ends, 1 / rows),
+        )
+        return {name: share * _inner(name, chunks) for names, share in shares for name in names.split()}
+
+    def write_shares(self, chunks: float) -> dict[str, float]:
+        """{argument: which part of it is written} with so many `chunks` a sequence."""
+        return {name: _inner(name, chunks) for name in self.writes.split()}
+
+
+def _inner(name: str, chunks: float) -> float:
+    """Of what passes a chunk whole there is something for chunks with a state on both sides alone."""
+    return 1 - 2 / chunks if name == "passed" else 1.0
 
 
 MOVED = {
@@ -57,13 +73,13 @@ MOVED = {
     "states_forward": Moved("", "hk hv", walked="k v scaled", ends="until"),
     "outputs": Moved("q k v until scaled levels hk hv", "o p_out lse_out"),
     "values_backward": Moved("v until scaled levels hv p lse do", "read_p read_dl reached"),
-    "states_backward": Moved("hk hv", "dhk dhv passed", walked="q do read_p read_dl", ends="until"),
+    "states_backward": Moved("", "dhk dhv passed", walked="q do read_p read_dl", before="hk hv", ends="until"),
     "inputs_backward": Moved(
         "y x h dh read until scaled levels written_sum carried_sum", "dy dx written_sum carried_sum"
     ),
     "gates_backward": Moved("g passed written carried dg", "dg", ends="until"),
 }
-"""Of one sequence or a batch whose tokens fill their chunks, walked in one segment, without s of its own, and without
+"""Of sequences whose tokens fill their chunks, of which they have several, walked in one segment, without s of their own,
 states before or gradients of states behind."""
 
 
@@ -79,7 +95,7 @@ class Launch:
     @property
     def reads(self) -> dict[str, int]:
         """{argument: bytes that are read of it}."""
-        shares = MOVED[self.kernel].read_shares(self.constants["BT"], self.arguments["T"] / self.constants["C"])
+        shares = MOVED[self.kernel].read_shares(self.constants["BT"], self._chunks)
         if self.kernel == "inputs_backward":
             # The first pass begins the sums, the second has no use for the states before chunks.
             unread = ("written_sum", "carried_sum") if self.constants["FIRST"] else ("h",)
@@ -89,8 +105,13 @@ class Launch:
     @property
     def writes(self) -> dict[str, int]:
         """{argument: bytes that are written to it}."""
-        there = {name: self.arguments[name] for name in MOVED[self.kernel].writes.split()}
-        return {name: x.nbytes for name, x in there.items() if x is not None}
+        shares = MOVED[self.kernel].write_shares(self._chunks)
+        there = {name: self.arguments[name] for name in shares}
+        return {name: round(shares[name] * x.nbytes) for name, x in there.items() if x is not None}
+
+    @property
+    def _chunks(self) -> float:
+        return self.arguments["T"] / self.constants["C"]
 
     @property
     def moved(self) -> tuple[int, int]:

@@ -381,7 +381,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "scaling": scaling,
     "tokenising": tokenising,
     "test_gpu": gpu_tests,
-    "test_gpu_rest": gpu_tests,
 }
 
 

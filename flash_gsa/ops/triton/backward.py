@@ -191,7 +191,8 @@ def states_backward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dhk, dhv [·, H, M, K | V]: gradients of both states after each chunk (`place_behind`); dhk0, dhv0 of the initial
-    ones; passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice. dhv may be the memory of hv.
+    ones; passed [chunks, H, slices, M]: ⟨dhk, hk⟩, ⟨dhv, hv⟩ over each slice, of chunks that have both. dhv may be the
+    memory of hv.
 
     The mirror of `states_forward`, walking a segment from its last chunk to its first; LOCAL: of every segment but
     a sequence's first, from the last block on that is read through the gates before it.
@@ -205,6 +206,7 @@ def states_backward(
             return
     span = segment_chunks * C
     n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, span, PACKED)
+    stretch = (start // span).to(tl.int32)
     if PACKED:
         chunk = tl.load(first_chunk + n) + index * segment_chunks
         behind = tl.load(first_segment + n + 1)
@@ -233,7 +235,7 @@ def states_backward(
             state = tl.load(final + (n * H + h) * one + at_state, mask=inside, other=0.0).to(tl.float32)
         if SPLIT:
             for i in range(behind - 1 - segment):
-                after = (behind - 1 - i) * H + h
+                after = (stretch + behind - 1 - segment - i) * H + h  # the sequence's last segment first
                 gates = tl.load(decay + after.to(tl.int64) * M + om, mask=slot, other=0.0)
                 state = state * tl.exp(gates)[:, None]
                 state += tl.load(local + after * one + at_state, mask=inside, other=0.0)
@@ -255,17 +257,18 @@ def states_backward(
         out += (place_behind(chunk, n, HAS_FINAL) * H + h) * one
         from_first = (index > 0) | HAS_INITIAL  # whether there is a state before the segment's first chunk
         last = chunks - 1
-        begun = (last > 0) | ((last == 0) & from_first)
-        before = tl.load(
-            states + last * H * one + at_state, mask=inside & (od[None, :] < tl.where(begun, size, 0)), other=0.0
-        )
-        product = tl.sum(state * before.to(tl.float32), axis=1)
-        at_passed = passed + (((chunk + last) * H + h).to(tl.int64) * PARTS + part) * M + om
-        tl.store(at_passed, product, mask=om < tl.where(chunks > 0, M, 0))
-        if HAS_FINAL:
-            tl.debug_barrier()  # `out` may be where `before` has been loaded
-            there = inside & (od[None, :] < tl.where(chunks > 0, size, 0))
-            tl.store(out + last * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
+        if HAS_FINAL or SPLIT:  # else nothing is behind the last chunk
+            begun = (last > 0) | ((last == 0) & from_first)
+            before = tl.load(
+                states + last * H * one + at_state, mask=inside & (od[None, :] < tl.where(begun, size, 0)), other=0.0
+            )
+            product = tl.sum(state * before.to(tl.float32), axis=1)
+            at_passed = passed + (((chunk + last) * H + h).to(tl.int64) * PARTS + part) * M + om
+            tl.store(at_passed, product, mask=om < tl.where(begun, M, 0))
+            if HAS_FINAL:
+                tl.debug_barrier()  # `out` may be where `before` has been loaded
+                there = inside & (od[None, :] < tl.where(chunks > 0, size, 0))
+                tl.store(out + last * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
     sums += (chunks - 1).to(tl.int64) * (C * H * M)
     left = tl.where(chunks > 0, end - start - (chunks - 1) * C, 0)
     next_total = load_end(sums, left, BT, H, M, BM)
@@ -306,16 +309,15 @@ def states_backward(
                 addition = mm(tl.trans(weight.to(DOT)), values.to(DOT), PRECISION=PRECISION)
                 state += addition * factor
         if not LOCAL:
-            there, of_slots = inside, slot
+            there = inside
             if WANT_INITIAL or SPLIT:
                 there = inside & (od[None, :] < tl.where((i > 0) | (index > 0), size, 0))
-                of_slots = om < tl.where(i > 0, M, 0)
             tl.store(out + (i - 1) * H * one + at_state, state.to(out.dtype.element_ty), mask=there)
             product = tl.sum(state * before.to(tl.float32), axis=1)
             at_passed = passed + (((chunk + i - 1) * H + h).to(tl.int64) * PARTS + part) * M + om
-            tl.store(at_passed, product, mask=of_slots)
+            tl.store(at_passed, product, mask=om < tl.where(begun, M, 0))
     if LOCAL:
-        here = segment * H + h
+        here = stretch * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
         tl.store(decay + here.to(tl.int64) * M + om, all_gates, mask=om < tl.where(part == 0, M, 0))
     else:
@@ -426,7 +428,8 @@ def _of_inputs_any(
 def gates_backward(
     g, s, until, passed, written, carried, dg, ds, cu_seqlens, chunk_sequence, first_chunk, T, sequences,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, HAS_S: tl.constexpr, PACKED: tl.constexpr,
-    SLICES: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
+    SLICES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """ds = written + carried [·, H, M], and dg [·, H, M], which holds what `values_backward` calls reached: of one
     chunk, a head and a slice of BS slots. Where s is derived from g, its gradient becomes part of dg.
@@ -439,7 +442,8 @@ def gates_backward(
     if PACKED:
         if chunk >= tl.load(first_chunk + sequences):
             return
-    _, _, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    _, index, start, end, _ = locate(chunk, cu_seqlens, chunk_sequence, first_chunk, T, C, PACKED)
+    passes = ((index > 0) | HAS_INITIAL) & ((end - start > C) | HAS_FINAL)
     left = tl.minimum(end - start, C).to(tl.int32)
     d = part * BS
     base = (start * H + h) * M
@@ -451,7 +455,7 @@ def gates_backward(
     parts = tl.arange(0, triton.next_power_of_2(PARTS))
     products = tl.load(
         passed + ((chunk * H + h).to(tl.int64) * PARTS + parts[:, None]) * M + om[None, :],
-        mask=(parts < PARTS)[:, None] & (om < M)[None, :],
+        mask=(parts < PARTS)[:, None] & (om < tl.where(passes, M, 0))[None, :],
         other=0.0,
     )
     through = tl.zeros([BS], tl.float32)

@@ -43,8 +43,9 @@ def states_forward(
 ):  # fmt: skip
     """One slice of one state of one head through one segment, a stretch of segment_chunks chunks.
 
-    LOCAL: what the segment alone writes, local_k, local_v [segments, H, M, K | V], and decay [segments, H, M], the
-    sum of its gates; of every segment but a sequence's last, and from the first block on that is not forgotten there.
+    LOCAL: what the segment alone writes, local_k, local_v [stretches, H, M, K | V], and decay [stretches, H, M], the
+    sum of its gates, by the stretch of so many tokens that it begins in; of every segment but a sequence's last, and
+    from the first block on that is not forgotten there.
     Otherwise hk, hv [·, H, M, K | V], both states before each chunk (`place_before`), and hkT, hvT [N, H, M, K | V]
     after the last; with SPLIT from the local states of the segments before. Grid: (segments·H·slices of K and V,).
     """
@@ -56,7 +57,8 @@ def states_forward(
         if segment >= tl.load(first_segment + sequences):
             return
     span = segment_chunks * C
-    n, index, start, end, first = locate(segment, cu_seqlens, segment_sequence, first_segment, T, span, PACKED)
+    n, index, start, end, _ = locate(segment, cu_seqlens, segment_sequence, first_segment, T, span, PACKED)
+    stretch = (start // span).to(tl.int32)
     is_last = end - start <= span
     if PACKED:
         chunk = tl.load(first_chunk + n) + index * segment_chunks
@@ -81,7 +83,7 @@ def states_forward(
             state = tl.load(initial + (n * H + h) * one + at_state, mask=inside, other=0.0).to(tl.float32)
         if SPLIT:
             for i in range(index):
-                before = (first + i) * H + h
+                before = (stretch - index + i) * H + h
                 gates = tl.load(decay + before.to(tl.int64) * M + om, mask=om < M, other=0.0)
                 state = state * tl.exp(gates)[:, None]
                 state += tl.load(local + before * one + at_state, mask=inside, other=0.0)
@@ -151,7 +153,7 @@ def states_forward(
             tl.store(states + (i + 1) * H * one + at_state, before_next, mask=behind)
     state *= late[:, None]
     if LOCAL:
-        here = segment * H + h
+        here = stretch * H + h
         tl.store(local + here * one + at_state, state, mask=inside)
         tl.store(decay + here.to(tl.int64) * M + om, gates, mask=om < tl.where(part == 0, M, 0))
     else:

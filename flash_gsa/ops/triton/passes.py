@@ -76,9 +76,10 @@ def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, has_initial: bool,
 
 
 def _states(plan: Plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final) -> None:
+    ends = {"HAS_INITIAL": hk0 is not None, "WANT_FINAL": final[0] is not None}
     plan.walk(
-        forward.states_forward, plan.tiles.states, q, (k, v, scaled, until, hk0, hv0, hk, hv, *final),
-        HAS_INITIAL=hk0 is not None, WANT_FINAL=final[0] is not None,
+        forward.states_forward, plan.tiles.states, any(ends.values()), q,
+        (k, v, scaled, until, hk0, hv0, hk, hv, *final), **ends,
     )  # fmt: skip
 
 
@@ -131,10 +132,11 @@ def backward_pass(
 def _states_backward(
     plan: Plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, has_initial, scale, dhkT, dhvT
 ):
+    ends = {"HAS_FINAL": dhkT is not None, "WANT_INITIAL": initial[0] is not None}
     plan.walk(
-        backward.states_backward, plan.tiles.states_backward, q,
+        backward.states_backward, plan.tiles.states_backward, any(ends.values()), q,
         (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-        (scale, 1.0), HAS_INITIAL=has_initial, HAS_FINAL=dhkT is not None, WANT_INITIAL=initial[0] is not None,
+        (scale, 1.0), HAS_INITIAL=has_initial, **ends,
     )  # fmt: skip
 
 
@@ -166,7 +168,10 @@ def _inputs_backward(plan: Plan, passes: tuple, ends: dict[str, bool], g, streng
             D=inputs[1].shape[3], **ends, QUERIES=gradients[0] is not None, FIRST=i == 0,
         )  # fmt: skip
     plan.over_gates(
-        backward.gates_backward, (g, strength, gates[0], passed, written, carried, dg, ds), PARTS=passed.shape[2]
+        backward.gates_backward,
+        (g, strength, gates[0], passed, written, carried, dg, ds),
+        PARTS=passed.shape[2],
+        **ends,
     )
 
 
@@ -225,7 +230,7 @@ def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: flo
             HAS_INITIAL=h0 is not None,
         )  # fmt: skip
         plan.walk(
-            backward.states_backward, plan.tiles.states_backward, q,
+            backward.states_backward, plan.tiles.states_backward, any(ends.values()), q,
             (do, do, gates[0], read, read, h, h, dhT, dhT, dh, dh, passed, dh0, dh0),
             (scale, scale), **ends, WANT_INITIAL=h0 is not None,
         )  # fmt: skip

@@ -47,20 +47,27 @@ class Parts:
     """Sequences cut into stretches of `span` tokens: how many, and for packed sequences which is whose.
 
     For packed sequences `count` is an upper bound that needs no look at the lengths; surplus programs return at once.
-    An empty sequence has one part if `at_least_one`.
+    A sequence of at most `without` tokens has no part, but an empty one has one if `without` is -1.
     """
 
-    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, at_least_one: bool = False):
-        self.span, self.cu_seqlens, self.at_least_one = span, cu_seqlens, at_least_one
-        self.count = B * cdiv(T, span) if cu_seqlens is None else T // span + cu_seqlens.numel() - 1
+    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, without: int = 0):
+        self.span, self.cu_seqlens, self.without = span, cu_seqlens, without
+        if cu_seqlens is None:
+            self.count = B * cdiv(T, span) if T > without else 0
+        else:
+            sequences = cu_seqlens.numel() - 1
+            self.count = T // span + (min(sequences, T // (without + 1)) if without > 0 else sequences)
 
     def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The sequence of every part, and the first part of every sequence [S+1]."""
         if self.cu_seqlens is None:
             return None, None
-        parts = (self.cu_seqlens.diff() + self.span - 1) // self.span
-        if self.at_least_one:
+        lengths = self.cu_seqlens.diff()
+        parts = (lengths + self.span - 1) // self.span
+        if self.without < 0:
             parts = parts.clamp(min=1)
+        elif self.without > 0:
+            parts = torch.where(lengths > self.without, parts, 0)
         first = torch.zeros(parts.numel() + 1, dtype=torch.int32, device=parts.device)
         torch.cumsum(parts, 0, out=first[1:])
         index = torch.arange(self.count, dtype=torch.int32, device=parts.device)
@@ -85,7 +92,7 @@ class Plan:
         self.cu_seqlens, self.device = cu_seqlens, q.device
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
         # An empty sequence has a chunk, of no tokens, so that n sequences before a chunk have as many that are last.
-        self.chunks = Parts(self.B, self.T, C, cu_seqlens, at_least_one=True)
+        self.chunks = Parts(self.B, self.T, C, cu_seqlens, without=-1)
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -116,32 +123,52 @@ class Plan:
         }
 
     @functools.cached_property
-    def segments(self) -> Parts:
-        """What walks in parallel. Found at the first launch: for fake tensors it would tie a graph to its length."""
-        walks = self.H * self.slices(self.tiles.states)
-        # At least 8 chunks a segment: cutting costs one more pass over the inputs.
-        chunks = max(8, cdiv(cdiv(self.B * self.T, self.tiles.C) * walks, FILLING))
-        return Parts(self.B, self.T, chunks * self.tiles.C, self.cu_seqlens, at_least_one=True)
-
-    @property
     def segment_chunks(self) -> int:
-        """Chunks of a segment."""
-        return self.segments.span // self.tiles.C
+        """Chunks of a segment, the stretches of a sequence that are walked in parallel.
+
+        Found at the first launch: for fake tensors it would tie a graph to its length.
+        """
+        walks = self.H * self.slices(self.tiles.states)
+        # At least 8: cutting costs one more pass over the inputs.
+        return max(8, cdiv(cdiv(self.B * self.T, self.tiles.C) * walks, FILLING))
 
     @property
     def split(self) -> bool:
         """Whether a sequence may have several segments."""
-        return self.segments.span < self.T
+        return self.segment_chunks * self.tiles.C < self.T
 
     @functools.cached_property
-    def tables(self) -> tuple:
-        """What kernels over chunks, then what those over segments need to find their tokens."""
+    def segments(self) -> Parts:
+        """Of all sequences, for walks from a state or to one."""
+        return Parts(self.B, self.T, self.segment_chunks * self.tiles.C, self.cu_seqlens, without=-1)
+
+    @functools.cached_property
+    def inner_segments(self) -> Parts:
+        """Of sequences with several chunks, for walks from and to nothing: in others no state is wanted."""
+        C = self.tiles.C
+        return Parts(self.B, self.T, self.segment_chunks * C, self.cu_seqlens, without=C)
+
+    @functools.cached_property
+    def table(self) -> tuple:
+        """What kernels over chunks need to find their tokens."""
         if self.cu_seqlens is None:
-            return (None, None, None, self.T, self.sequences), (None, None, None, None, self.T, self.sequences)
+            return None, None, None, self.T, self.sequences
         cu = self.cu_seqlens.to(self.device, torch.int32, non_blocking=True)
-        sequence, first = self.chunks.tables(self.device)
-        segments = self.segments.tables(self.device)
-        return (cu, sequence, first, self.T, self.sequences), (cu, *segments, first, self.T, self.sequences)
+        return cu, *self.chunks.tables(self.device), self.T, self.sequences
+
+    @functools.cached_property
+    def segment_table(self) -> tuple:
+        """What walks over `segments` need to find their tokens."""
+        return self._walked(self.segments)
+
+    @functools.cached_property
+    def inner_segment_table(self) -> tuple:
+        """What walks over `inner_segments` need to find their tokens."""
+        return self._walked(self.inner_segments)
+
+    def _walked(self, segments: Parts) -> tuple:
+        cu, _, first_chunk, *sizes = self.table
+        return cu, *segments.tables(self.device), first_chunk, *sizes, self.segment_chunks
 
     def slices(self, tile) -> int:
         """Programs that share a head's states in a walk."""
@@ -177,7 +204,7 @@ class Plan:
 
     def prepare(self, g: Tensor, s: Tensor, out: Sequence[Tensor]) -> None:
         """Fill `gate_tensors`; exact, as `launch` has it, because `outputs` makes some of the same numbers."""
-        arguments = (g, s, *out, *self.tables[0])
+        arguments = (g, s, *out, *self.table)
         self._launch(gates.prepare, out[-1].numel(), arguments, {"BS": self.slice}, OVER_GATES, **EXACT)
 
     def over_gates(self, kernel, arguments, **constants) -> None:
@@ -185,17 +212,25 @@ class Plan:
         programs = self.chunks.count * self.H * self.slot_slices
         constants["BS"] = self.slice
         tile = OVER_GATES if self.blocks == 1 else OVER_TWO_BLOCKS
-        self._launch(kernel, programs, (*arguments, *self.tables[0]), constants, tile)
+        self._launch(kernel, programs, (*arguments, *self.table), constants, tile)
 
-    def walk(self, kernel, tile, like: Tensor, arguments, scales=(), **constants) -> None:
-        """Launch a walk over segments; where a sequence has several, first for what each of them adds alone."""
-        programs = self.segments.count * self.H * self.slices(tile)
-        table = (*self.tables[1], self.segment_chunks, *scales)
+    def walk(self, kernel, tile, at_ends: bool, like: Tensor, arguments, scales=(), **constants) -> None:
+        """Launch a walk over segments; where a sequence has several, first for what each of them adds alone.
+
+        at_ends: it starts from states or ends with some that are wanted.
+        """
+        segments = self.segments if at_ends else self.inner_segments
+        programs = segments.count * self.H * self.slices(tile)
+        if not programs:
+            return
+        table = (*(self.segment_table if at_ends else self.inner_segment_table), *scales)
         constants["BD"] = tile.BD
         local: tuple[Tensor | None, ...] = (None, None, None)
         if self.split:
-            decay = like.new_empty(self.segments.count, self.H, self.M, dtype=torch.float32)
-            local = (*self._pair(like, self.segments.count), decay)
+            # Only segments that others follow, or precede, have some: by the stretch of all tokens they begin in.
+            stretches = cdiv(self.B * self.T, segments.span)
+            decay = like.new_empty(stretches, self.H, self.M, dtype=torch.float32)
+            local = (*self._pair(like, stretches), decay)
             alone = constants | {"LOCAL": True, "SPLIT": False}
             self._launch(kernel, programs, (*arguments, *local, *table), alone, tile)
         constants |= {"LOCAL": False, "SPLIT": self.split}
@@ -209,7 +244,7 @@ class Plan:
         """
         constants["BD"] = tile.BD
         options = EXACT if exact else {}
-        arguments = (*arguments, *self.tables[0], *scales)
+        arguments = (*arguments, *self.table, *scales)
         self._launch(kernel, self.chunks.count * programs, arguments, constants, tile, **options)
 
     def _launch(self, kernel, programs: int, arguments: tuple, constants: dict, tile: Tile, **options) -> None:
