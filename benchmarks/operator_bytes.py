@@ -79,8 +79,8 @@ MOVED = {
     ),
     "gates_backward": Moved("g passed written carried dg", "dg", ends="until"),
 }
-"""Of sequences whose tokens fill their chunks, of which they have several, walked in one segment, without s of their own,
-states before or gradients of states behind."""
+"""Of sequences whose tokens fill their chunks, several of them, walked in one segment, without s of their own, states
+before or gradients of states behind."""
 
 
 @dataclass

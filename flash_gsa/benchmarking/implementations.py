@@ -77,7 +77,7 @@ class Implementation:
 class Ours(Implementation):
     """`flash_gsa.gated_slot_attention`; `name` is "auto", a backend's, or "recompute".
 
-    The last is "auto" with states="recompute": the backward computes the states before every chunk again.
+    The last is "auto" with states="recompute": the backward computes the states between chunks again.
     """
 
     own = True

@@ -53,7 +53,7 @@ def gated_slot_attention(
         cu_seqlens: [S+1] int32 or int64, boundaries of S sequences packed along T, with B = 1: first 0, last T,
             non-decreasing; equal neighbours are an empty sequence. May stay on the CPU, where
             reading it waits for no device.
-        states: what the forward leaves for the backward. "keep": also the states before every chunk of C tokens,
+        states: what the forward leaves for the backward. "keep": also the states between chunks of C tokens, up to
             (K + V)·M·H·T/C numbers in 16 bits for bfloat16 (C is 128 there with up to 64 slots and one query head a
             group). "recompute": not these; the backward computes them again, one more pass over k and v. Between the
             two that much less is kept, as many times as there are layers; the most that a single call takes stays. A

@@ -69,10 +69,10 @@ def test_packed_sequences_with_the_same_boundaries_have_the_same_plan():
 def test_tables_are_of_the_boundaries_that_were_asked_for():
     for middle in (30, 10, 64, 30, 10):
         boundaries = torch.tensor([0, middle, 70], dtype=torch.int32)
-        (found, *_), _ = plan_of(B=1, cu_seqlens=boundaries).tables
+        found, *_ = plan_of(B=1, cu_seqlens=boundaries).table
         assert found.tolist() == [0, middle, 70]
         boundaries.fill_(7)  # what becomes of them later is no matter
-        assert plan_of(B=1, cu_seqlens=torch.tensor([0, middle, 70], dtype=torch.int32)).tables[0][0] is found
+        assert plan_of(B=1, cu_seqlens=torch.tensor([0, middle, 70], dtype=torch.int32)).table[0] is found
 
 
 def test_boundaries_elsewhere_than_on_the_cpu_are_planned_anew():

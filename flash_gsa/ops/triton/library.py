@@ -22,7 +22,7 @@ from .plan import Plan
 def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, recompute: bool):
     """(o, hkT, hvT): differentiable gated slot attention. hk0, hkT lie as [N, H, M, K].
 
-    recompute: the backward computes the states before every chunk again instead of keeping them.
+    recompute: the backward computes the states between chunks again instead of keeping them.
     """
     q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0))

@@ -76,10 +76,10 @@ def _outputs(plan: Plan, q, k, v, g, strength, shared: tuple, has_initial: bool,
 
 
 def _states(plan: Plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final) -> None:
-    ends = {"HAS_INITIAL": hk0 is not None, "WANT_FINAL": final[0] is not None}
+    has_initial, want_final = hk0 is not None, final[0] is not None
     plan.walk(
-        forward.states_forward, plan.tiles.states, any(ends.values()), q,
-        (k, v, scaled, until, hk0, hv0, hk, hv, *final), **ends,
+        forward.states_forward, plan.tiles.states, has_initial or want_final, q,
+        (k, v, scaled, until, hk0, hv0, hk, hv, *final), HAS_INITIAL=has_initial, WANT_FINAL=want_final,
     )  # fmt: skip
 
 
@@ -132,11 +132,11 @@ def backward_pass(
 def _states_backward(
     plan: Plan, q, do, until, read_p, read_dl, hk, hv, dhk, dhv, passed, initial, has_initial, scale, dhkT, dhvT
 ):
-    ends = {"HAS_FINAL": dhkT is not None, "WANT_INITIAL": initial[0] is not None}
+    has_final, want_initial = dhkT is not None, initial[0] is not None
     plan.walk(
-        backward.states_backward, plan.tiles.states_backward, any(ends.values()), q,
+        backward.states_backward, plan.tiles.states_backward, has_final or want_initial, q,
         (q, do, until, read_p, read_dl, hk, hv, dhkT, dhvT, dhk, dhv, passed, *initial),
-        (scale, 1.0), HAS_INITIAL=has_initial, **ends,
+        (scale, 1.0), HAS_INITIAL=has_initial, HAS_FINAL=has_final, WANT_INITIAL=want_initial,
     )  # fmt: skip
 
 

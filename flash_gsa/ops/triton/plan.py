@@ -132,7 +132,7 @@ class Plan:
         # At least 8: cutting costs one more pass over the inputs.
         return max(8, cdiv(cdiv(self.B * self.T, self.tiles.C) * walks, FILLING))
 
-    @property
+    @functools.cached_property
     def split(self) -> bool:
         """Whether a sequence may have several segments."""
         return self.segment_chunks * self.tiles.C < self.T
@@ -181,7 +181,11 @@ class Plan:
 
     def state_shapes(self, at_ends: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Those of `states`."""
-        return self._shapes(self.chunks.count if at_ends else self.chunks.count - self.sequences)
+        return self._state_shapes[at_ends]
+
+    @functools.cached_property
+    def _state_shapes(self) -> tuple:
+        return self._shapes(self.chunks.count - self.sequences), self._shapes(self.chunks.count)
 
     def boundary_states(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both states of every sequence, before its first token or after its last: float32."""
