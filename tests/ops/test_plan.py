@@ -1,10 +1,13 @@
 """A plan is kept for calls of the same sizes and boundaries, and only for those."""
 
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -120,3 +123,50 @@ def test_no_more_plans_are_kept_than_said(monkeypatch):
     for T in range(1, 9):
         plan_of(T=T)
         assert 1 <= len(plan._plans) <= 3
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.sampled_from([0, 7, 8, 9, 16, 17]), st.integers(0, 70)), min_size=1, max_size=40))
+def test_parts_of_packed_sequences(lengths):
+    """Their tables name every part once and in order, and `count`, found without the lengths, is enough."""
+    boundaries = torch.tensor([0, *accumulate(lengths)])
+    T, C = sum(lengths), 8
+    for span, without, parts_of in (
+        (C, 0, lambda n: -(-n // C)),
+        (C, -1, lambda n: max(1, -(-n // C))),
+        (3 * C, -1, lambda n: max(1, -(-n // (3 * C)))),
+        (3 * C, C, lambda n: -(-n // (3 * C)) if n > C else 0),
+    ):
+        parts = plan.Parts(1, T, span, boundaries, without)
+        sequence, first = parts.tables(torch.device("cpu"))
+        wanted = [n for n, length in enumerate(lengths) for _ in range(parts_of(length))]
+        assert first.tolist() == [0, *accumulate(map(parts_of, lengths))]
+        assert first[-1] <= parts.count == len(sequence)
+        assert sequence[: len(wanted)].tolist() == wanted
+        # One sequence of so many tokens has as many parts.
+        assert plan.Parts(2, T, span, None, without).count == 2 * (parts_of(T) if T else 0)
+
+
+@pytest.mark.parametrize("lengths", [None, (70,), (0, 0, 70), (10,) * 7, (1,) * 70])
+def test_there_are_as_many_states_between_chunks_however_tokens_are_cut(lengths):
+    boundaries = None if lengths is None else torch.tensor([0, *accumulate(lengths)])
+    of_it = plan_of(B=1, cu_seqlens=boundaries)
+    C, one = of_it.tiles.C, (SIZES["H"], SIZES["M"], SIZES["K"])
+    between, with_ends = (of_it.state_shapes(at_ends)[0] for at_ends in (False, True))
+    # Packed, an upper bound that needs no look at the lengths.
+    assert between == ((SIZES["T"] - 1) // C if lengths is None else SIZES["T"] // C, *one)
+    assert with_ends == (between[0] + (1 if lengths is None else len(lengths)), *one)
+
+
+def test_what_has_no_states_in_between_is_not_walked(monkeypatch):
+    launched = []
+    monkeypatch.setattr(plan.Plan, "_launch", lambda self, kernel, programs, *rest: launched.append(programs))
+    like = torch.empty(0)
+    short = plan_of(T=plan_of().tiles.C)
+    short.walk(None, short.tiles.states, False, like, ())
+    assert not launched
+    short.walk(None, short.tiles.states, True, like, ())
+    long = plan_of(T=1 + plan_of().tiles.C)
+    long.walk(None, long.tiles.states, False, like, ())
+    walks = SIZES["H"] * long.slices(long.tiles.states)
+    assert launched == [SIZES["B"] * walks, SIZES["B"] * walks]
