@@ -18,8 +18,10 @@ triton = pytest.importorskip("triton")
 
 from benchmarks import operator_bytes  # noqa: E402
 from flash_gsa.benchmarking.gate import with_gradients  # noqa: E402
+from flash_gsa.benchmarking.implementations import boundaries  # noqa: E402
 from flash_gsa.benchmarking.shapes import SUITES, Shape  # noqa: E402
 from flash_gsa.ops.triton import launching  # noqa: E402
+from flash_gsa.ops.triton.library import attention  # noqa: E402
 from flash_gsa.ops.triton.tiles import Tile, Tiles, using  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -113,6 +115,23 @@ else:
         assert not {"dhk", "dhv", "dl", "read_dl"} & tensors.keys()
         # What PyTorch's allocator counts on a GPU, in benchmarks/results/op_gpu.json.
         assert sum(tensors.values()) == 416555008
+
+    def test_short_packed_sequences_take_no_more_memory_than_a_long_one():
+        def most(shape):
+            x, do = operator_bytes._inputs(shape, torch.bfloat16)
+            bounds = boundaries(shape)
+
+            def forward(x):
+                return attention(*(x[name] for name in "qkvg"), None, None, None, bounds, 1.0, False, False)[0]
+
+            with operator_bytes.noted() as launches:
+                with_gradients(forward, x, do)
+            return max(sum(launch.alive.values()) for launch in launches)
+
+        by_label = {shape.label: shape for shape in SUITES["gpu"].shapes}
+        one, packed = by_label["1.3B-1x16384"], by_label["packed-1x16360"]
+        assert len(packed.lengths) > 500
+        assert most(packed) <= 1.02 * most(one)
 
     def test_the_program_writes_a_result(tmp_path, monkeypatch):
         path, said = tmp_path / "bytes.json", []
