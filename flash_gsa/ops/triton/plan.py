@@ -67,7 +67,7 @@ class Parts:
         if self.without < 0:
             parts = parts.clamp(min=1)
         elif self.without > 0:
-            parts = torch.where(lengths > self.without, parts, 0)
+            parts = parts * (lengths > self.without)
         first = torch.zeros(parts.numel() + 1, dtype=torch.int32, device=parts.device)
         torch.cumsum(parts, 0, out=first[1:])
         index = torch.arange(self.count, dtype=torch.int32, device=parts.device)
