@@ -131,20 +131,19 @@ def test_parts_of_packed_sequences(lengths):
     """Their tables name every part once and in order, and `count`, found without the lengths, is enough."""
     boundaries = torch.tensor([0, *accumulate(lengths)])
     T, C = sum(lengths), 8
-    for span, without, parts_of in (
-        (C, 0, lambda n: -(-n // C)),
-        (C, -1, lambda n: max(1, -(-n // C))),
-        (3 * C, -1, lambda n: max(1, -(-n // (3 * C)))),
+    for span, beyond, parts_of in (
+        (C, None, lambda n: max(1, -(-n // C))),
+        (3 * C, None, lambda n: max(1, -(-n // (3 * C)))),
         (3 * C, C, lambda n: -(-n // (3 * C)) if n > C else 0),
     ):
-        parts = plan.Parts(1, T, span, boundaries, without)
+        parts = plan.Parts(1, T, span, boundaries, beyond)
         sequence, first = parts.tables(torch.device("cpu"))
         wanted = [n for n, length in enumerate(lengths) for _ in range(parts_of(length))]
         assert first.tolist() == [0, *accumulate(map(parts_of, lengths))]
         assert first[-1] <= parts.count == len(sequence)
         assert sequence[: len(wanted)].tolist() == wanted
         # One sequence of so many tokens has as many parts.
-        assert plan.Parts(2, T, span, None, without).count == 2 * (parts_of(T) if T else 0)
+        assert plan.Parts(2, T, span, None, beyond).count == 2 * (parts_of(T) if T else 0)
 
 
 @pytest.mark.parametrize("lengths", [None, (70,), (0, 0, 70), (10,) * 7, (1,) * 70])

@@ -253,7 +253,7 @@ class Cut:
         shortest = max(SHORTEST, cdiv(B * T * blocks, PROGRAMS), cdiv(T, SEGMENTS))
         span = triton.next_power_of_2(shortest)
         self.split = span < T
-        self.parts = Parts(B, T, span, cu_seqlens, without=-1)
+        self.parts = Parts(B, T, span, cu_seqlens)
         self.programs = self.parts.count * blocks
         sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
         self.shape = (sequences, H, M)

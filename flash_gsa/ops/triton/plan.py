@@ -47,16 +47,16 @@ class Parts:
     """Sequences cut into stretches of `span` tokens: how many, and for packed sequences which is whose.
 
     For packed sequences `count` is an upper bound that needs no look at the lengths; surplus programs return at once.
-    A sequence of at most `without` tokens has no part, but an empty one has one if `without` is -1.
+    Every sequence has one at least, an empty one too; or, with `beyond`, those of at most so many tokens have none.
     """
 
-    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, without: int = 0):
-        self.span, self.cu_seqlens, self.without = span, cu_seqlens, without
+    def __init__(self, B: int, T: int, span: int, cu_seqlens: Tensor | None, beyond: int | None = None):
+        self.span, self.cu_seqlens, self.beyond = span, cu_seqlens, beyond
         if cu_seqlens is None:
-            self.count = B * cdiv(T, span) if T > without else 0
+            self.count = 0 if beyond is not None and T <= beyond else B * cdiv(T, span)
         else:
             sequences = cu_seqlens.numel() - 1
-            self.count = T // span + (min(sequences, T // (without + 1)) if without > 0 else sequences)
+            self.count = T // span + (sequences if beyond is None else min(sequences, T // (beyond + 1)))
 
     def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The sequence of every part, and the first part of every sequence [S+1]."""
@@ -64,10 +64,7 @@ class Parts:
             return None, None
         lengths = self.cu_seqlens.diff()
         parts = (lengths + self.span - 1) // self.span
-        if self.without < 0:
-            parts = parts.clamp(min=1)
-        elif self.without > 0:
-            parts = parts * (lengths > self.without)
+        parts = parts.clamp(min=1) if self.beyond is None else parts * (lengths > self.beyond)
         first = torch.zeros(parts.numel() + 1, dtype=torch.int32, device=parts.device)
         torch.cumsum(parts, 0, out=first[1:])
         index = torch.arange(self.count, dtype=torch.int32, device=parts.device)
@@ -92,7 +89,7 @@ class Plan:
         self.cu_seqlens, self.device = cu_seqlens, q.device
         self.sequences = self.B if cu_seqlens is None else cu_seqlens.numel() - 1
         # An empty sequence has a chunk, of no tokens, so that n sequences before a chunk have as many that are last.
-        self.chunks = Parts(self.B, self.T, C, cu_seqlens, without=-1)
+        self.chunks = Parts(self.B, self.T, C, cu_seqlens)
         half = q.dtype == torch.bfloat16
         self.state_dtype = torch.bfloat16 if half else torch.float32
         self.sum_dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -140,13 +137,13 @@ class Plan:
     @functools.cached_property
     def segments(self) -> Parts:
         """Of all sequences, for walks from a state or to one."""
-        return Parts(self.B, self.T, self.segment_chunks * self.tiles.C, self.cu_seqlens, without=-1)
+        return Parts(self.B, self.T, self.segment_chunks * self.tiles.C, self.cu_seqlens)
 
     @functools.cached_property
     def inner_segments(self) -> Parts:
         """Of sequences with several chunks, for walks from and to nothing: in others no state is wanted."""
         C = self.tiles.C
-        return Parts(self.B, self.T, self.segment_chunks * C, self.cu_seqlens, without=C)
+        return Parts(self.B, self.T, self.segment_chunks * C, self.cu_seqlens, beyond=C)
 
     @functools.cached_property
     def table(self) -> tuple:
@@ -181,22 +178,18 @@ class Plan:
 
     def state_shapes(self, at_ends: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Those of `states`."""
-        return self._state_shapes[at_ends]
-
-    @functools.cached_property
-    def _state_shapes(self) -> tuple:
-        return self._shapes(self.chunks.count - self.sequences), self._shapes(self.chunks.count)
+        count = self.chunks.count if at_ends else self.chunks.count - self.sequences
+        return (count, self.H, self.M, self.K), (count, self.H, self.M, self.V)
 
     def boundary_states(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for both states of every sequence, before its first token or after its last: float32."""
         return self._pair(like, self.sequences)
 
     def _pair(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        of_k, of_v = self._shapes(count)
-        return like.new_empty(of_k, dtype=torch.float32), like.new_empty(of_v, dtype=torch.float32)
-
-    def _shapes(self, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (count, self.H, self.M, self.K), (count, self.H, self.M, self.V)
+        return (
+            like.new_empty(count, self.H, self.M, self.K, dtype=torch.float32),
+            like.new_empty(count, self.H, self.M, self.V, dtype=torch.float32),
+        )
 
     def gate_tensors(self, g: Tensor) -> tuple[Tensor, ...]:
         """Room for until, scaled and levels: see `gates.prepare`."""
