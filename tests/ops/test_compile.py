@@ -110,6 +110,20 @@ def test_two_graphs_serve_all_lengths(graphs, operator, layout):
     assert graphs() <= 2
 
 
+def test_short_sequences_without_states_take_two_graphs_more(graphs):
+    """PyTorch compiles anew for a size of 0 or 1: once for no state between chunks, once for one, and for no more."""
+
+    def train(q, k, v, g, cu_seqlens):
+        nothing = q.new_zeros(0)
+        return gated_slot_attention(q, k, v, g, cu_seqlens=cu_seqlens, backend=BACKEND)[0], nothing, nothing
+
+    function = compiled(train)
+    for lengths in ((30, 40), (9, 50, 6), (9, 5, 6), (10, 3), (8, 10), (4, 5, 6), (34, 20)):
+        case = replace(packed(*lengths), state=False)
+        results(function, make(case), case)
+    assert graphs() <= 4
+
+
 @plain_only
 def test_strong_gates():
     x = make(replace(CASE, strength=True))
