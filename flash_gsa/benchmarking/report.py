@@ -94,16 +94,17 @@ def ran(records: Iterable[Record]) -> list[Record]:
 
 
 def combined(result: Record, *later: Record) -> Record:
-    """One result of `bench op` of several: of the shapes that a later one has, its records; and its start of a process.
+    """One result of `bench op` of several: of what a later one has, its records: shapes, lengths, a process's start.
 
-    A command that may take only so long measures some shapes beside a peer that tunes itself, another one the others.
+    A command that may take only so long measures a part, another one the others.
     """
     found = result | {"also": [other["about"] for other in later]}
     for other in later:
         labels = {record["shape"]["label"] for record in other["shapes"]}
         kept = [record for record in found["shapes"] if record["shape"]["label"] not in labels]
         found["shapes"] = kept + other["shapes"]
-        found["cold_start"] = ran(other["cold_start"]) or found["cold_start"]
+        for part in ("lengths", "cold_start"):
+            found[part] = ran(other[part]) or found[part]
     return found
 
 

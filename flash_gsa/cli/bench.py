@@ -264,7 +264,7 @@ def plots(
         list[Path],
         typer.Argument(
             metavar="FILE…",
-            help="What `bench op` or `bench train` wrote. Of several of `bench op`, a later one's shapes hold.",
+            help="What `bench op` or `bench train` wrote. Of several of `bench op`, what a later one has holds.",
             show_default=False,
         ),
     ],

@@ -73,7 +73,10 @@ def test_what_another_command_measured_takes_its_place(monkeypatch):
         record |= {"forward": cost, "forward_backward": cost, "problem": None}
         record.pop("in_graph", None)
     later["cold_start"][0]["first"]["seconds"] = 3.0
+    first_length = later["lengths"][0]["shape"]["label"]
+    later["lengths"] = later["lengths"][:1]
     found = combined(whole, later)
+    assert [r["shape"]["label"] for r in found["lengths"]] == [first_length]
     by_name = {row[0]: row for row in rows(summary(found))}
     assert by_name["1.3B-8x2048"][1] == "0.492"
     assert by_name["7B-4x4096"][1:4] == ["7.00", "7.00", "**1.0×**"]
@@ -83,6 +86,8 @@ def test_what_another_command_measured_takes_its_place(monkeypatch):
     assert [line.split("`")[1] for line in text.splitlines()[-3:] if line] == ["the first", "the second"]
     # A later one in which there was no time left says nothing of the start.
     later["cold_start"] = [later["cold_start"][0] | {"problem": "not run: no time left"}]
+    later["lengths"] = [later["lengths"][0] | {"problem": "not run: no time left"}]
+    assert combined(whole, later)["lengths"] == whole["lengths"]
     assert "takes 20 s with empty caches" in operator(combined(whole, later))
     assert whole["shapes"] != found["shapes"], "the first is left as it was"
 
