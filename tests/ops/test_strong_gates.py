@@ -62,7 +62,7 @@ def test_strong_gates_with_strengths_packing_and_no_state(backend, device, name,
     x = make(case)
     x["g"] = gates(name, x["g"])
     # A sum of gates near -55, rounded to float32, moves its exponential by 55 half units; a product takes two of them.
-    check(run(backend, x, case, device), x, case, units=8 + 55)
+    check(run(backend, x, case, device), x, case, units=8 if backend == "triton" else 8 + 55)
 
 
 @pytest.mark.parametrize("name", ["all -50", "20 -3e38"])
@@ -71,7 +71,7 @@ def test_strong_gates_with_16_bit_inputs(backend, device, name, dtype):
     x = rounded(make(CASE), dtype)
     x["g"] = gates(name, x["g"])
     if backend == "triton":  # its products are of 16-bit factors
-        judge.verdict(run(backend, x, CASE, device), x, CASE, units=8 + 60)
+        judge.verdict(run(backend, x, CASE, device), x, CASE)
     else:
         check(run(backend, x, CASE, device), x, CASE)
 

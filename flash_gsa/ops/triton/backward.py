@@ -24,6 +24,7 @@ from triton.language.extra import libdevice
 
 from .chunks import (
     blocks_that_last,
+    exp,
     fast_exp,
     from_start,
     lay_out_by_16,
@@ -138,7 +139,7 @@ def _of_values(
     scaled_before = own
     if C > BT:
         scaled_before = load_rows(scaled - BT * (H * M), before, 0, BT, H * M, M, BM).to(DOT)
-    grown = fast_exp(load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32))
+    grown = fast_exp(load_rows(until, left, 0, BT, H * M, M, BM))
     total = tl.zeros([BT, BM], tl.float32)
     for r in range(R):
         at = (row + r) * M
@@ -402,7 +403,7 @@ def _writing(
     own = load_rows(scaled, left, 0, BT, H * M, M, BM)
     carrying = to_end(load_sum(until, tl.minimum(left, BT) - 1, True, H, M, BM), RANGE)
     if C > BT:
-        carrying *= tl.exp(load_sum(until, left - 1, left > BT, H, M, BM))
+        carrying *= exp(load_sum(until, left - 1, left > BT, H, M, BM))
     return (own.to(tl.float32) * carrying[None, :]).to(own.dtype).to(DOT)
 
 
@@ -590,7 +591,7 @@ def _of_inputs(
         tl.debug_barrier()  # not before the loop's tiles are done with: all at once they would not fit the registers
         if QUERIES:  # not kept here: two programs need the shared memory
             reading = load_rows(read, left, 0, BT, H * M, M, BM)
-    sums = load_rows(until, left, 0, BT, H * M, M, BM).to(tl.float32)
+    sums = load_rows(until, left, 0, BT, H * M, M, BM)
     if not FIRST:
         written_before = load_rows(written_sum, left, 0, BT, H * M, M, BM)
         carried_before = load_rows(carried_sum, left, 0, BT, H * M, M, BM).to(tl.float32)
@@ -605,14 +606,14 @@ def _of_inputs(
         through += load_sum(until, left - 1, after > 0, H, M, BM)
     if ANY:
         if C > BT:
-            written += tl.exp(tl.minimum(last[None, :] - sums, 0.0)) * behind
-        carried *= tl.exp(through[None, :] - sums)
+            written += exp(tl.minimum(last[None, :] - sums, 0.0)) * behind
+        carried *= exp(through[None, :] - sums)
     else:  # all sums are above -RANGE: one exponential for the three
         inverse = fast_exp(-sums)
         if C > BT:
-            written += behind * tl.exp(last)[None, :]
+            written += behind * exp(last)[None, :]
         written *= inverse
-        carried *= inverse * tl.exp(through)[None, :]
+        carried *= inverse * exp(through)[None, :]
     if not FIRST:
         written += written_before
         carried += carried_before

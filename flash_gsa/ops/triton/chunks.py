@@ -115,9 +115,30 @@ def time_order(i, T, sequences, C: tl.constexpr, PACKED: tl.constexpr, REVERSE: 
 
 @triton.jit
 def fast_exp(x):
-    """e^x of float32, 0 where it is below the smallest normal number. `tl.exp` keeps what lies below, which takes three
-    instructions more for each number."""
-    return tl.exp2(x * LOG2_E)
+    """e^x in float32, 0 where it is below the smallest normal number. `tl.exp` keeps what lies below, which takes three
+    instructions more for each number.
+
+    Of float64, as sums of gates are for float32 inputs, to float32's last digit, x being below 88. Rounded to float32,
+    an x of 60 moves its exponential by 30 of its last digits, and two such factors, one of -60, would not make 1.
+    """
+    if x.dtype == tl.float64:
+        y = x * LOG2_E
+        whole = tl.floor(y)
+        power = ((tl.maximum(whole, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # 2^whole
+        result = tl.exp2((y - whole).to(tl.float32)) * power
+    else:
+        result = tl.exp2(x * LOG2_E)
+    return result
+
+
+@triton.jit
+def exp(x):
+    """e^x in float32: of float32 what `tl.exp` gives, of float64 what `fast_exp` does."""
+    if x.dtype == tl.float64:
+        result = fast_exp(x)
+    else:
+        result = tl.exp(x)
+    return result
 
 
 @triton.jit
@@ -180,12 +201,6 @@ def store_rows(x, tile, left, d, ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl
 
 @triton.jit
 def load_sum(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """G [BM] in float32 at the token that ends a block; 0 unless the block exists."""
-    return load_sum_as_is(until, token, exists, H, M, BM).to(tl.float32)
-
-
-@triton.jit
-def load_sum_as_is(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
     """G [BM] at a token; 0 unless it exists."""
     om = tl.arange(0, BM)
     return tl.load(until + token * (H * M) + om, mask=om < tl.where(exists, M, 0), other=0.0)
@@ -194,7 +209,7 @@ def load_sum_as_is(until, token, exists, H: tl.constexpr, M: tl.constexpr, BM: t
 @triton.jit
 def forgets(total, RANGE: tl.constexpr):
     """Whether a slot forgets so much in a block, e^total, that `scaled` has the block's end as reference."""
-    return total < -RANGE
+    return total.to(tl.float32) < -RANGE
 
 
 @triton.jit
@@ -206,7 +221,7 @@ def to_end(total, RANGE: tl.constexpr):
 @triton.jit
 def since_start(sums, RANGE: tl.constexpr):
     """The exponent of s_j e^{-G_j}, cut where it could overflow."""
-    return tl.minimum(-sums.to(tl.float32), RANGE)
+    return tl.minimum(-sums, RANGE)
 
 
 @triton.jit
@@ -354,15 +369,15 @@ def _factors(
     is_large, is_small = i < large, i < large + small
     token = tl.where(is_large, i * GROUP_32, tl.where(is_small, (i - large) * GROUP_8, i - large - small))
     behind = token + tl.where(is_large, GROUP_32, tl.where(is_small, GROUP_8, 1))
-    reference = load_sum_as_is(until, token, token < left, H, M, BM)
-    of_32 = load_sum_as_is(until, token // GROUP_32 * GROUP_32, token < left, H, M, BM)
-    of_8 = load_sum_as_is(until, token // GROUP_8 * GROUP_8, token < left, H, M, BM)
+    reference = load_sum(until, token, token < left, H, M, BM)
+    of_32 = load_sum(until, token // GROUP_32 * GROUP_32, token < left, H, M, BM)
+    of_8 = load_sum(until, token // GROUP_8 * GROUP_8, token < left, H, M, BM)
     below = tl.where(is_large, 0.0, tl.where(is_small, of_32, tl.minimum(of_32, of_8))) - RANGE
     lowest = tl.where(is_large | is_small, reference - RANGE, float("-inf"))
     ot = tl.arange(0, BT)
     uses = ((ot >= token) & (ot < behind))[:, None] & (sums < below[None, :]) & (sums >= lowest[None, :])
-    grown = tl.where(uses, tl.exp(tl.minimum((sums - reference[None, :]).to(tl.float32), 0.0)), 0.0)
-    inverse = tl.exp(tl.minimum((reference[None, :] - sums).to(tl.float32), RANGE))
+    grown = tl.where(uses, exp(tl.minimum(sums - reference[None, :], 0.0)), 0.0)
+    inverse = exp(tl.minimum(reference[None, :] - sums, RANGE))
     return grown, inverse
 
 
@@ -430,7 +445,7 @@ def near_writes(
     """Σ_{t≥j} scores_jt weights_tm e^{G_tm - G_jm} [BT (j), BM] of a block with any levels; scores [BT (j), BT (t)] are
     0 for t < j, reading = weights ∘ e^G, both of these in the products' format."""
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
-    inverse = tl.exp(since_start(sums, RANGE))
+    inverse = exp(since_start(sums, RANGE))
     written = inverse * mm(scores, tl.where(sums >= -RANGE, reading, 0.0), PRECISION=PRECISION)
     for i in tl.range(references(levels, BT), num_stages=1):
         grown, far = _factors(i, levels, until, sums, left, BT, H, M, BM, RANGE)

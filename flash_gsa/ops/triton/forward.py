@@ -123,7 +123,7 @@ def states_forward(
     late = tl.full([BM], 1.0, tl.float32)  # what the state is still to be multiplied by
     for i in range(begin, turns):
         left = end - start - i * C
-        total, total_1 = next_total.to(tl.float32), next_total_1.to(tl.float32)
+        total, total_1 = next_total, next_total_1
         next_total = load_end(sums + C * H * M, left - C, BT, H, M, BM)
         if BLOCKS > 1:
             next_total_1 = load_end(sums + (C + BT) * H * M, left - C - BT, BT, H, M, BM)
@@ -141,7 +141,7 @@ def states_forward(
             state = state * (late * early)[:, None]
             state = mm(tl.trans(weight.to(DOT)), values.to(DOT), state, PRECISION=PRECISION)
             late = next_late
-            gates += total
+            gates += total.to(tl.float32)
         rows += C * H * size
         weights += C * H * M
         sums += C * H * M
@@ -249,7 +249,7 @@ def _output(
     sums = load_rows(until, left, 0, BT, H * M, M, BM)
     if LINEAR:
         p = load_rows(q + row * M, left, 0, BT, H * R * M, M, BM).to(tl.float32)
-        grown = fast_exp(sums.to(tl.float32))
+        grown = fast_exp(sums)
         factor = scale
         weak = own
         if ANY:
@@ -259,7 +259,7 @@ def _output(
             q + row * K, k, hk, slots, scaled_before, early, late, left, before, scale,
             BT, C, H * R * K, H * K, K, BD, M, BM, DOT, PRECISION,
         )  # fmt: skip
-        grown = fast_exp(sums.to(tl.float32))
+        grown = fast_exp(sums)
         weak = own
         if ANY:
             weak = from_start(own, g, s, until, left, BT, H, M, BM, RANGE, HAS_S, DOT)

@@ -54,8 +54,7 @@ def prepare(
     else:
         write = one_minus_exp(given)
     store_rows(until, sums, left, d, BT, H * M, M, BS)
-    since_end = (total[None, :] - sums).to(tl.float32)
-    exponent = tl.where(forgets(total.to(tl.float32), RANGE)[None, :], since_end, since_start(sums, RANGE))
+    exponent = tl.where(forgets(total, RANGE)[None, :], total[None, :] - sums, since_start(sums, RANGE))
     store_rows(scaled, write * fast_exp(exponent), left, d, BT, H * M, M, BS)
 
     found = 0
