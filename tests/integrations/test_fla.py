@@ -500,15 +500,17 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 FLOOR = {"float32": 1e-5, "bfloat16": 2 * torch.finfo(torch.bfloat16).eps}
 
 
-def run_unmodified_fla(dtype: str, *arguments: str, **environment: str) -> None:
-    """compare_fla.py in a process of its own: every figure of ours at most twice FLA's distance from exact."""
+def run_unmodified_fla(dtype: str, *arguments: str, **environment: str) -> str:
+    """compare_fla.py in a process of its own: every figure of ours at most twice FLA's distance from exact. The backend
+    that ours ran on."""
     command = [sys.executable, "-m", "tests.integrations.compare_fla", "--dtype", dtype, *arguments]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, env=os.environ | environment, capture_output=True, text=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    runs = json.loads(done.stdout)["distance"]
+    found = json.loads(done.stdout)
+    runs = found["distance"]
     assert all(run.pop("calls") == (5 if name == "decoding" else 1) for name, run in runs.items())
     worse = {
         f"{name}: {what}": figures
@@ -517,6 +519,7 @@ def run_unmodified_fla(dtype: str, *arguments: str, **environment: str) -> None:
         if not figures["ours"] <= 2 * figures["fla"] + FLOOR[dtype]
     }
     assert not worse, json.dumps(worse, indent=2)
+    return found["backend"]
 
 
 @needs_fla
@@ -542,4 +545,4 @@ def test_unmodified_fla_in_the_interpreter():
 def test_unmodified_fla_on_a_gpu(dtype, tokens):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    run_unmodified_fla(dtype, "--device", "cuda", "--tokens", str(tokens), "--kv-heads", "1")
+    assert run_unmodified_fla(dtype, "--device", "cuda", "--tokens", str(tokens), "--kv-heads", "1") == "triton"
