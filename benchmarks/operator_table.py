@@ -138,8 +138,8 @@ def _bound_by_launches(one: dict[int, dict[str, Any]]) -> list[str]:
         return []
     bound = f"Launches from the host bound one sequence ({WAITING:.0%} and more above its graph): "
     unfilled = (
-        "What a graph takes a token more than a longer sequence is a chip that is not full, and from the length on that "
-        "is cut into segments what each of these adds alone, for which it is walked once more."
+        "What a graph takes a token more than a longer sequence is a chip that is not full, and from the length on "
+        "that is cut into segments what each of these adds alone, for which it is walked once more."
     )
     return [f"{bound}{', '.join(said) or 'at no length'}. {unfilled}"]
 

@@ -2,8 +2,10 @@
 
 import errno
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from flash_gsa.data.shards import Rows, sha256_of, write_shard
 from flash_gsa.data.sources import open_sources, sources_fingerprint
 from flash_gsa.data.store import TokenStore
 from flash_gsa.data.tokenizing import Piece, encode_in_order, usable_cores
+from flash_gsa.data.verification import Verified, Verify
 from flash_gsa.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,9 +41,10 @@ def prepare_tokens(
     text_field: str = "text",
     source_field: str | None = None,
     max_bytes: int | None = None,
-    verify: bool = False,
+    verify: Verify = "once",
     processes: int | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
 ) -> TokenStore:
     """The tokenised documents of a source, from the cache if they are there.
 
@@ -56,10 +60,13 @@ def prepare_tokens(
         cache_dir: made if it is not there; any number of stores and processes may share it.
         max_bytes: stop after the document with which the texts reach this many UTF-8 bytes (for streamed data
             sets without end).
-        verify: compare sha256 sums too when the store is in the cache already; sizes are always compared.
+        verify: compare sha256 sums of the shards with the manifest, besides sizes, which always are: "once" of shards
+            that were neither written nor compared before, or whose size or time of change is another since; True: of
+            all that this call does not write; False: of none.
         processes: how many tokenise; by default as many as there are cores this process may use, and only this one
             where the source is small.
         progress: called with (documents, UTF-8 bytes) done so far, while building.
+        verifying: called with (bytes read so far, bytes to read), while comparing sums.
 
     Raises:
         UsageError: what is wrong with the source, an unusable cache folder, no space left on the device, a damaged
@@ -69,18 +76,22 @@ def prepare_tokens(
     for name, value in (("max_bytes", max_bytes), ("processes", processes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1, or None for all there are")
+    if verify not in ("once", True, False):
+        raise UsageError(f"verify is {verify!r}, expected 'once', True or False")
+    began = time.time()
     contents = Contents(sources_fingerprint(sources), tokenizer_fingerprint(tokenizer), max_bytes)
     cache = Path(cache_dir).expanduser()
     folder = cache / contents.key
     try:
-        if _whole(folder, contents):
-            return TokenStore.open(folder, expected=contents, verify=verify)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", poll_interval=0.5):
-            if not _whole(folder, contents):  # another process may have built it while this one waited
-                build = _Build(folder, contents, DocumentEncoder.of(tokenizer), progress)
-                build.run([part for source in sources for part in source.parts()], processes or usable_cores())
-        return TokenStore.open(folder, expected=contents)
+        if not _whole(folder, contents):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock", poll_interval=0.5):
+                if not _whole(folder, contents):  # another process may have built it while this one waited
+                    build = _Build(folder, contents, DocumentEncoder.of(tokenizer), progress)
+                    build.run([part for source in sources for part in source.parts()], processes or usable_cores())
+        store = TokenStore.open(folder, expected=contents, verify=verify, began=began, progress=verifying)
+        # Not the number of its tokens: ids may leave gaps.
+        return replace(store, vocab_size=1 + max(tokenizer.get_vocab().values()))
     except OSError as error:
         raise UsageError(_storage_problem(cache, error)) from error
 
@@ -100,6 +111,7 @@ class _Build:
         finished = read_manifest(folder / WHOLE, contents)
         self.finished = finished is not None
         self.manifest = finished or read_manifest(folder / UNFINISHED, contents) or Manifest(contents)
+        self.verified = Verified(folder)
 
     def run(self, parts: Sequence[PartReader], processes: int) -> None:
         """Reads the parts of the source as far as shards are missing, and writes those."""
@@ -184,19 +196,20 @@ class _Build:
         }
         path = self.folder / f"shard-{number:05d}.arrow"
         write_shard(path, self.contents.key, number, rows)
-        record = ShardRecord(path.name, path.stat().st_size, sha256_of(path), **counts, end=end)
+        status = path.stat()
+        record = ShardRecord(path.name, status.st_size, sha256_of(path), **counts, end=end)
         shards = self.manifest.shards
-        if number < len(shards):
-            if record != shards[number]:
-                path.unlink()
-                raise UsageError(
-                    f"the shard {path} was built again and is not what it was: its sha256 is {record.sha256}, and the "
-                    f"manifest expects {shards[number].sha256}. The source or a library has changed since; delete the "
-                    f"folder {self.folder}, and all of it is built again"
-                )
-            return
-        shards.append(record)
-        self.manifest.save(self.folder / UNFINISHED)
+        if number == len(shards):
+            shards.append(record)
+            self.manifest.save(self.folder / UNFINISHED)
+        elif record != shards[number]:
+            path.unlink()
+            raise UsageError(
+                f"the shard {path} was built again and is not what it was: its sha256 is {record.sha256}, and the "
+                f"manifest expects {shards[number].sha256}. The source or a library has changed since; delete the "
+                f"folder {self.folder}, and all of it is built again"
+            )
+        self.verified.add(path.name, status, record.sha256)
 
 
 def _read(parts: Sequence[PartReader], start: Place) -> Iterator[tuple[Document, Place]]:

@@ -43,6 +43,7 @@ class Shard:
     label.
     """
 
+    path: Path
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: np.ndarray
@@ -87,11 +88,12 @@ def write_shard(path: Path, key: str, number: int, pieces: list[Rows]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def open_shard(path: Path, key: str, number: int, labels: list[str]) -> Shard:
+def open_shard(path: Path, key: str, number: int, labels: list[str], sha256: str) -> Shard:
     """Map shard `number` of the store `key`. Reads nothing but the schema.
 
     Raises:
-        UsageError: it is damaged, is not a shard, or is that of another store or number.
+        UsageError: it is damaged or is not a shard, then told with its sha256 and the one expected; or it is that of
+            another store or number.
         OSError: it cannot be opened.
     """
     # Closing the file leaves the map: thousands of shards need no open files.
@@ -103,12 +105,14 @@ def open_shard(path: Path, key: str, number: int, labels: list[str]) -> Shard:
             batch.validate()  # sizes only; without it a damaged one could crash the process
             tokens = batch.column("tokens")
             num_bytes, source, digest = (batch.column(name).to_numpy() for name in ("num_bytes", "source", "digest"))
-            shard = Shard(tokens.values.to_numpy(), tokens.offsets.to_numpy(), num_bytes, source, digest, labels)
+            values, offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
+            shard = Shard(path, values, offsets, num_bytes, source, digest, labels)
         # The file is open and mapped: an OSError too is what Arrow says of contents that it cannot make out.
         except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration, AttributeError) as error:
             raise UsageError(
-                f"the shard {path} is damaged, or is not a shard of tokens ({type(error).__name__}: {error}). Delete "
-                "this shard; it is built again alone"
+                f"the shard {path} is damaged, or is not a shard of tokens ({type(error).__name__}: {error}): its "
+                f"sha256 is {sha256_of(path)}, and the manifest expects {sha256}. Delete this shard; it is built again "
+                "alone"
             ) from error
     found, expected = (metadata.get("store"), metadata.get("shard")), (key, str(number))
     if found != expected:

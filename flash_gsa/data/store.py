@@ -3,13 +3,14 @@
     KEY/
       shard-00000.arrow …   see shards.py
       manifest.json         see manifest.py; written last
-      lock                  held by the process that builds
+      verified.json         see verification.py
+      lock                  held by the process that builds or verifies
 
 Opening maps the shards and reads their schemas: what is in memory does not grow with the number of documents.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from flash_gsa.data.manifest import WHOLE, Contents, ShardRecord, read_manifest
-from flash_gsa.data.shards import Shard, open_shard, sha256_of
+from flash_gsa.data.shards import Shard, open_shard
+from flash_gsa.data.verification import Progress, Verify, verify_shards
 from flash_gsa.errors import UsageError
 
 
@@ -34,16 +36,33 @@ class TokenStore:
         shards: at least one.
         num_bytes: of text.
         folder: where it lies; None for several stores joined.
+        vocab_size: token ids are below this, and a shard that holds others is refused when they are read; None: any.
     """
 
     key: str
     shards: Sequence[Shard]
     num_bytes: int
     folder: Path | None = None
+    vocab_size: int | None = None
 
     @classmethod
-    def open(cls, folder: Path, *, expected: Contents | None = None, verify: bool = False) -> "TokenStore":
-        """Open the store in `folder`. File sizes are always checked, sha256 sums (all is read once) if `verify`.
+    def open(
+        cls,
+        folder: Path,
+        *,
+        expected: Contents | None = None,
+        verify: Verify = "once",
+        began: float | None = None,
+        progress: Progress | None = None,
+    ) -> "TokenStore":
+        """Open the store in `folder`. File sizes are always checked.
+
+        Args:
+            expected: what it must hold.
+            verify: compare sha256 sums too: "once" of shards not read before, or changed since; True: of all.
+            began: with `verify=True`, shards that any process read after this time (seconds since 1970) are not read
+                again; None: now.
+            progress: called with the bytes that were read to compare, and those there are to read.
 
         Raises:
             UsageError: no manifest, or not of `expected`; a shard is missing, changed, or not of this store.
@@ -53,18 +72,9 @@ class TokenStore:
             raise UsageError(f"{folder} holds no whole token store: there is no {WHOLE}. prepare_tokens builds it")
         for record in manifest.shards:
             _check_size(folder / record.file, record)
-        if verify:
-            with ThreadPoolExecutor() as pool:
-                found = pool.map(lambda record: sha256_of(folder / record.file), manifest.shards)
-                for record, sha256 in zip(manifest.shards, found, strict=True):
-                    if sha256 != record.sha256:
-                        raise UsageError(
-                            f"the shard {folder / record.file} is damaged: its sha256 is {sha256}, and the manifest "
-                            f"expects {record.sha256}. Delete this shard; it is built again alone"
-                        )
         key = manifest.contents.key
         shards = [
-            open_shard(folder / record.file, key, number, manifest.labels)
+            open_shard(folder / record.file, key, number, manifest.labels, record.sha256)
             for number, record in enumerate(manifest.shards)
         ]
         for record, shard in zip(manifest.shards, shards, strict=True):
@@ -74,6 +84,9 @@ class TokenStore:
                     f"{len(shard.tokens):,} tokens, the manifest expects {record.documents:,} of {record.tokens:,}. "
                     f"Delete the folder {folder}; it is built again"
                 )
+        if verify:
+            since = 0.0 if verify == "once" else time.time() if began is None else began
+            verify_shards(folder, manifest.shards, since=since, progress=progress)
         return cls(key, shards, sum(record.bytes for record in manifest.shards), folder)
 
     @classmethod
@@ -82,7 +95,13 @@ class TokenStore:
         if len(stores) == 1:
             return stores[0]
         shards = [shard for store in stores for shard in store.shards]
-        return cls("+".join(store.key for store in stores), shards, sum(store.num_bytes for store in stores))
+        sizes = [store.vocab_size for store in stores if store.vocab_size is not None]
+        return cls(
+            "+".join(store.key for store in stores),
+            shards,
+            sum(store.num_bytes for store in stores),
+            vocab_size=max(sizes) if len(sizes) == len(stores) else None,
+        )
 
     def labelled(self, label: str) -> "TokenStore":
         """The same documents, all with this label."""
@@ -117,7 +136,7 @@ class TokenStore:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, a view of the file."""
         shard, i = self._find(index)
-        return shard.tokens[shard.offsets[i] : shard.offsets[i + 1]]
+        return self._in_vocabulary(shard, shard.tokens[shard.offsets[i] : shard.offsets[i + 1]])
 
     def label(self, index: int) -> str:
         """The source label of one document."""
@@ -131,7 +150,7 @@ class TokenStore:
             number = int(np.searchsorted(self._first_token, start + done, side="right")) - 1
             shard, first = self.shards[number], start + done - int(self._first_token[number])
             count = min(len(tokens) - done, len(shard.tokens) - first)
-            tokens[done : done + count] = shard.tokens[first : first + count]
+            tokens[done : done + count] = self._in_vocabulary(shard, shard.tokens[first : first + count])
             inside = slice(*np.searchsorted(shard.offsets, np.array([first, first + count])))
             begins[done + shard.offsets[inside] - first] = True
             done += count
@@ -147,6 +166,16 @@ class TokenStore:
     def _find(self, document: int) -> tuple[Shard, int]:
         number = int(np.searchsorted(self._first_document, document, side="right")) - 1
         return self.shards[number], int(document - self._first_document[number])
+
+    def _in_vocabulary(self, shard: Shard, tokens: np.ndarray) -> np.ndarray:
+        # Where nothing else compares ids, on a GPU, others end a run with an error that names neither text nor file.
+        if self.vocab_size is not None and (highest := int(tokens.max(initial=0))) >= self.vocab_size:
+            raise UsageError(
+                f"the shard {shard.path} is damaged: it holds token id {highest}, and the vocabulary has "
+                f"{self.vocab_size} ids. Delete this shard; it is built again alone. data.verify=true (verify=True) "
+                "compares the checksums of all shards"
+            )
+        return tokens
 
     def _gather(
         self, documents: np.ndarray | None, dtype: Any, value: Callable[[Shard, int, np.ndarray | slice], np.ndarray]

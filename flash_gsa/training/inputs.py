@@ -85,12 +85,19 @@ class TextParts:
     held_out: np.ndarray
 
 
-def prepare_inputs(recipe: Recipe, *, saved_tokenizer: Path | None = None, progress: Progress | None = None) -> Inputs:
+def prepare_inputs(
+    recipe: Recipe,
+    *,
+    saved_tokenizer: Path | None = None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> Inputs:
     """Reads and tokenises what the recipe names (or finds it in the cache).
 
     Args:
         saved_tokenizer: a checkpoint of this run, whose tokenizer is taken instead of being made again.
         progress: called with (documents, bytes) done while tokenising.
+        verifying: called with (bytes read, bytes to read) while comparing the checksums of tokens.
 
     Raises:
         UsageError: the data or the tokenizer cannot be used.
@@ -101,7 +108,7 @@ def prepare_inputs(recipe: Recipe, *, saved_tokenizer: Path | None = None, progr
         tokenizer = load_tokenizer(str(saved_tokenizer))
     else:
         tokenizer = recipe_tokenizer(recipe)
-    parts = text_parts(recipe, tokenizer, progress=progress)
+    parts = text_parts(recipe, tokenizer, progress=progress, verifying=verifying)
     batches = PackedBatches(parts.train, length=recipe.batch.length, rows=recipe.batch.rows, seed=recipe.seed)
     return Inputs(
         batches,
@@ -124,7 +131,13 @@ def recipe_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
     return load_tokenizer(recipe.tokenizer, training_texts=training_texts)
 
 
-def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress: Progress | None = None) -> TextParts:
+def text_parts(
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> TextParts:
     """Tokenises the sources of a text recipe and divides them by document.
 
     The division depends on the texts, `data` and nothing else: not on the tokenizer, not on `seed`.
@@ -137,7 +150,7 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
     stores, train, held_out = [], [], []
     first = 0
     for entry, share in _shares(data):
-        store = _store(entry.source, data, tokenizer, _limit(data.max_bytes, share), progress)
+        store = _store(entry.source, data, tokenizer, _limit(data.max_bytes, share), progress, verifying)
         if entry.name is not None:
             store = store.labelled(entry.name)
         sizes: dict[str, int | float] = {}  # by the key of the recipe, which a refusal names
@@ -161,7 +174,7 @@ def text_parts(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", *, progress
         held_out.append(first + division.get("data.held_out", np.array([], np.int64)))
         first += store.num_documents
     if data.valid_source is not None:
-        held_out_store = _store(data.valid_source, data, tokenizer, None, progress)
+        held_out_store = _store(data.valid_source, data, tokenizer, None, progress, verifying)
         return TextParts(train, held_out_store, np.arange(held_out_store.num_documents))
     return TextParts(train, TokenStore.joined(stores), np.concatenate(held_out))
 
@@ -242,6 +255,7 @@ def _store(
     tokenizer: "PreTrainedTokenizerFast",
     max_bytes: int | None,
     progress: Progress | None,
+    verifying: Progress | None,
 ) -> TokenStore:
     return prepare_tokens(
         source,
@@ -252,6 +266,7 @@ def _store(
         max_bytes=max_bytes,
         verify=data.verify,
         progress=progress,
+        verifying=verifying,
     )
 
 

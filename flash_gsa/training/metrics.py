@@ -17,6 +17,7 @@ padding and unscored positions) and `seconds` (spent training so far, over all r
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,11 @@ class MetricsWriter:
             tracker.flush()
 
     def close(self) -> None:
-        """Closes the file and the trackers."""
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        """Closes the file and the trackers, each of them though another fails; then raises how one failed."""
+        with ExitStack() as last_first:
+            for tracker in reversed(self._trackers):
+                last_first.callback(tracker.close)
+            last_first.callback(self._file.close)
 
 
 def _truncate(path: Path, step: int) -> None:

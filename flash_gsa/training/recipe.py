@@ -66,8 +66,10 @@ class TextData(Section):
         None, description="field that labels a record's part of the corpus; null: `source`, or the file's name"
     )
     cache_dir: str | None = Field(None, description="where tokens are cached; null: the user's cache folder")
-    verify: bool = Field(
-        False, description="compare the checksums of all cached tokens before the run, which reads them once"
+    verify: Literal["once"] | bool = Field(
+        "once",
+        description="compare the checksums of cached tokens before the run, which reads them. once: of those not "
+        "compared before, or changed since; true: of all; false: of none",
     )
 
     @property

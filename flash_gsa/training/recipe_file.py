@@ -243,7 +243,7 @@ def _readable(error: ValidationError) -> list[str]:
     return [f"{key}: expected {' or '.join(e)}{got}" if e else key for key, (e, got) in wrong.items()]
 
 
-_BRANCHES = ("int", "float", "str", "list[str]", "plain", "weighted")
+_BRANCHES = ("int", "float", "str", "bool", "list[str]", "plain", "weighted")
 
 
 def _key(location: Sequence[str | int]) -> str:

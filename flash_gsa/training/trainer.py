@@ -10,7 +10,7 @@ optimiser moments, position in the data, random states, number of steps, time sp
 
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,9 +123,12 @@ def train(
         inputs = prepare_inputs(
             recipe,
             saved_tokenizer=saved.folder if saved else None,
-            # Whichever process tokenises tells, while the others wait for it.
+            # Whichever process tokenises or verifies tells, while the others wait for it.
             progress=lambda documents, size: on_event(
                 events.Preparing(f"tokenising: {documents:,} documents, {size / 1e6:,.1f} MB so far")
+            ),
+            verifying=lambda size, of: on_event(
+                events.Preparing(f"comparing the checksums of tokens: {size / 1e9:,.1f} of {of / 1e9:,.1f} GB")
             ),
         )
         run = _Run(recipe, engine, run_dir, inputs, length, tell)
@@ -199,9 +202,12 @@ class _Run:
                 self._evaluate()
             stopped = self._loop(interrupts)
             self._tell_saved(self.writer.wait())
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
+        except BaseException:
+            # What a full disk has not taken is written once more by this; what to tell is the first error.
+            with suppress(Exception):
+                self._close_metrics()
+            raise
+        self._close_metrics()
         engine.barrier()
         signal = (interrupts.received or "SIGTERM") if stopped and not self.length.is_over(self.step) else None
         self.on_event(events.Ended(self.step, signal))
@@ -374,6 +380,11 @@ class _Run:
             with self._writing_metrics():
                 self.metrics.write(record)
         return record
+
+    def _close_metrics(self) -> None:
+        if self.metrics is not None:
+            with self._writing_metrics():
+                self.metrics.close()
 
     def _writing_metrics(self) -> AbstractContextManager:
         return disk_errors(f"The metrics in {self.run_dir} could not be written", self.run_dir)

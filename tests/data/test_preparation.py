@@ -17,6 +17,7 @@ from flash_gsa.data import encode_documents, iter_documents, load_tokenizer, pre
 from flash_gsa.data.manifest import UNFINISHED, WHOLE
 from flash_gsa.data.shards import sha256_of
 from flash_gsa.data.store import TokenStore
+from flash_gsa.data.verification import VERIFIED
 from flash_gsa.errors import UsageError
 
 
@@ -34,7 +35,7 @@ def build(corpus, byte_tokenizer, tmp_path):
 
 
 def contents(store) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(store.folder.iterdir()) if p.name != "lock"}
+    return {p.name: p.read_bytes() for p in sorted(store.folder.iterdir()) if p.name not in ("lock", VERIFIED)}
 
 
 def all_tokens(store) -> np.ndarray:
@@ -299,15 +300,16 @@ def test_a_cut_shard_is_refused_by_name(small_shards, build):
         build()
 
 
-def test_a_changed_shard_is_found_by_verify_with_both_checksums(small_shards, build):
+@pytest.mark.parametrize("options", [{}, {"verify": "once"}, {"verify": True}])
+def test_a_changed_shard_is_found_by_verify_with_both_checksums(options, small_shards, build):
     shard = build().folder / "shard-00003.arrow"
     expected = sha256_of(shard)
     flip(shard)
-    build()  # sizes are right
+    build(verify=False)  # sizes are right
     with pytest.raises(
         UsageError, match=rf"shard-00003\.arrow is damaged: its sha256 is {sha256_of(shard)}.*{expected}"
     ):
-        build(verify=True)
+        build(**options)
 
 
 @pytest.mark.parametrize("numbers", [[0], [3], [1, 2, 5], [-1]])
@@ -392,7 +394,7 @@ def flip_at(offset):
         (edit(source="f" * 64), f"its source is {'f' * 64}, expected [0-9a-f]{{64}}"),
         (swap, r"shard-00001\.arrow is shard 2 of the token store \w+, and the manifest beside it expects shard 1"),
         (miscount, r"shard-00000\.arrow holds \d+ documents of [\d,]+ tokens, the manifest expects"),
-        (not_arrow, r"shard-00000\.arrow is damaged, or is not a shard of tokens"),
+        (not_arrow, r"shard-00000\.arrow is damaged, or is not a shard of tokens.*sha256 is \w{64}.*expects \w{64}"),
         (flip_at(20), r"shard-00000\.arrow is damaged.*Delete this shard; it is built again alone"),
     ],
 )

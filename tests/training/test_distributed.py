@@ -65,13 +65,18 @@ def launched(processes, *arguments, seconds=280):
     return subprocess.run(command, env=ENVIRONMENT, timeout=seconds, capture_output=True, text=True, check=False)
 
 
-def launched_on_two_machines(*arguments, seconds=280):
-    """The same by two launchers that find each other, as on two machines; returns what each printed."""
+def one_of_two_machines():
+    """The command of each; HOST is this machine, with a port that was free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*LAUNCHER, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "machines"]
-    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "tests.training.processes", *map(str, arguments)]
+    return [*command, "--rdzv-endpoint", f"127.0.0.1:{port}"]
+
+
+def launched_on_two_machines(*arguments, seconds=280):
+    """The same by two launchers that find each other, as on two machines; returns what each printed."""
+    command = [*one_of_two_machines(), "-m", "tests.training.processes", *map(str, arguments)]
     options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [subprocess.Popen(command, **options) for _ in range(2)]
     said = [one.communicate(timeout=seconds)[0] for one in both]
@@ -150,6 +155,23 @@ def test_launchers_of_several_machines_find_each_other(runs):
     assert_same(runs("machines"), runs("one"))
     (start,) = read_starts(runs("machines"))
     assert start["command"].startswith("torchrun --nnodes 2 --nproc-per-node 1")
+
+
+# A HOST where nobody listens, as one that cannot be reached: how long it may take to join does not matter.
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ("join_timeout=2", "RendezvousTimeoutError"),
+        ("is_host=false,read_timeout=2,join_timeout=600", "RendezvousConnectionError"),
+    ],
+)
+def test_what_a_launcher_says_that_stays_alone(settings, error):
+    began = time.monotonic()
+    command = [*one_of_two_machines(), "--rdzv-conf", settings, "-m", "flash_gsa", "train", "demo"]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=200, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert set(re.findall(r"Rendezvous\w+Error(?=[:\n])", done.stderr)) == {error}, done.stderr[-3000:]
+    assert time.monotonic() - began < 100  # which is less than without these settings
 
 
 def test_accelerate_starts_processes_as_well(runs, tmp_path):

@@ -134,15 +134,22 @@ def test_holding_everything_out_is_refused_with_the_key(make_recipe):
         text_parts(make_recipe("data.held_out=0.9999999"), load_tokenizer("byte"))
 
 
-def test_verify_compares_checksums(make_recipe, tmp_path):
+def test_verify_compares_checksums_of_what_has_changed_of_all_or_of_nothing(make_recipe, tmp_path):
     prepare_inputs(make_recipe())
     (shard,) = tmp_path.glob("cache/*/*.arrow")
     contents = bytearray(shard.read_bytes())
     contents[-100] ^= 1
     shard.write_bytes(contents)
-    prepare_inputs(make_recipe())
-    with pytest.raises(UsageError, match="its sha256 is"):
-        prepare_inputs(make_recipe("data.verify=true"))
+    prepare_inputs(make_recipe("data.verify=false"))
+    for overrides in ([], ["data.verify=once"], ["data.verify=true"]):
+        with pytest.raises(UsageError, match="its sha256 is"):
+            prepare_inputs(make_recipe(*overrides))
+
+
+@pytest.mark.parametrize("value", ["always", "1", "null"])
+def test_other_values_of_verify_are_refused(value, make_recipe):
+    with pytest.raises(UsageError, match=r"data\.verify: expected 'once' or true or false, got"):
+        make_recipe(f"data.verify={value}")
 
 
 @pytest.mark.parametrize(

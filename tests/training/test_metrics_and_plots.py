@@ -76,6 +76,20 @@ def test_trackers_are_told_what_the_file_is_told(tmp_path):
     assert told == [train_record(1), train_record(2), "flush", "close"]
 
 
+def test_trackers_are_closed_whatever_else_fails(tmp_path):
+    def close():
+        told.append("close")
+        raise OSError("tracker")
+
+    told = []
+    trackers = [SimpleNamespace(write=told.append, close=close) for _ in range(2)]
+    writer = MetricsWriter(tmp_path, resume_step=None, trackers=trackers)
+    with pytest.raises(OSError, match="tracker"):
+        writer.close()
+    assert told == ["close", "close"]
+    assert writer._file.closed
+
+
 @pytest.mark.parametrize("score", [{"loss": 1.9, "bits_per_byte": 2.1}, {"accuracy": 0.5}, None])
 def test_picture(tmp_path, score):
     records = [train_record(n, 5 / n) for n in range(1, 40)]

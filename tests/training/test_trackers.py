@@ -1,6 +1,9 @@
 """TensorBoard, trackio and wandb: told once each step, one run over all resumes."""
 
+import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -145,3 +148,56 @@ print(name, [(r["step"], r["train/loss"]) for r in SQLiteStorage.get_logs("flash
     assert done.returncode == 0, done.stderr
     last = [line for line in done.stdout.splitlines() if line.startswith("run-")][-1]
     assert last.endswith("[(1, 2.0), (2, 2.0), (3, 2.0), (4, 1.5)]")
+
+
+def offline_records(path):
+    """Of a run of wandb that is offline: 7 bytes, then pieces of records in blocks of 32 KiB, as LevelDB logs them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, record = path.read_bytes(), 7, b""
+    while at < len(content):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, last
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_real_wandb_goes_on_with_its_run(make_recipe, tmp_path):
+    pytest.importorskip("wandb")
+    make_recipe()
+    command = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml")]
+    command += ["logging.trackers=[wandb]", "logging.project=slots"]
+    folders = {f"WANDB_{name}": str(tmp_path / "wandb") for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR")}
+    environment = os.environ | folders | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    (tmp_path / "wandb").mkdir()
+
+    def told():
+        """The run and the losses by step, of what the command made wandb write."""
+        done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "wandb failed" not in done.stderr
+        (file,) = (tmp_path / "wandb").glob("**/offline-run-*/*.wandb")
+        records = list(offline_records(file))
+        shutil.rmtree(file.parent)
+        run = next(record.run for record in records if record.HasField("run"))
+        rows = [{"".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records]
+        return run, {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first, losses = told()
+    lines = metrics.read_text().splitlines(keepends=True)
+    # As a crash after step 10 leaves it.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= 10))
+    second, again = told()
+
+    assert losses == {r["step"]: r["loss"] for r in read_metrics(metrics) if r["kind"] == "train"}
+    assert again == {step: losses[step] for step in (11, 12)}
+    assert first.run_id == second.run_id
+    assert first.display_name == second.display_name == f"run-{first.run_id}"
+    assert first.project == "slots"

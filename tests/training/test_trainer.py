@@ -1,5 +1,6 @@
 """The loop: it learns, resumes exactly, stops cleanly, and refuses what would lose work."""
 
+import errno
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flash_gsa.cli import main
 from flash_gsa.data import encode_documents, load_tokenizer
 from flash_gsa.errors import UsageError
 from flash_gsa.inspection import slot_usage
@@ -23,7 +26,7 @@ from flash_gsa.training import events, trainer
 from flash_gsa.training.engine import Engine, checkpoint_blocks
 from flash_gsa.training.errors import TrainingStopped
 from flash_gsa.training.inputs import prepare_inputs
-from flash_gsa.training.metrics import read_metrics
+from flash_gsa.training.metrics import MetricsWriter, read_metrics
 from flash_gsa.training.model import model_config
 from flash_gsa.training.optimizer import learning_rate
 from flash_gsa.training.recipe_file import load_recipe
@@ -297,14 +300,15 @@ def test_killed_before_the_first_checkpoint_starts_again(make_recipe, uninterrup
     assert_same(train(recipe), uninterrupted)
 
 
-def test_a_second_signal_is_not_swallowed(make_recipe):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+def interrupt_twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 
+
+def test_a_second_signal_is_not_swallowed(make_recipe):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(make_recipe(), on_event=At(2, twice))
+        train(make_recipe(), on_event=At(2, interrupt_twice))
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -323,8 +327,6 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(make_recip
 
 
 def test_a_full_disk_stops_the_run_and_costs_nothing(make_recipe, uninterrupted, monkeypatch):
-    import errno
-
     def full(path, value):
         if value["step"] == 8:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -336,6 +338,44 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(make_recipe, uninterrupted,
         patch.setattr(checkpoint_module, "_write_json", full)
         with pytest.raises(UsageError, match=r"step 8 could not be written.*no space.*step-00000004 is complete"):
             train(recipe)
+    assert_same(train(recipe), uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_metrics_that_do_not_fit_the_disk(make_recipe, tmp_path, uninterrupted, monkeypatch, capsys):
+    """What could not be written fails again when the file is closed, which is not what the user is told."""
+
+    def write(metrics, record):
+        if record["step"] == 6:
+            with Path("/dev/full").open("w") as full:
+                os.dup2(full.fileno(), metrics._file.fileno())
+        write_record(metrics, record)
+
+    write_record = MetricsWriter.write
+    recipe = make_recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(tmp_path / "tiny.yaml")])
+    assert ended.value.code == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"The metrics in .* could not be written: no space is left.*step-00000004 is complete", told), told
+    assert_same(train(recipe), uninterrupted)
+
+
+def test_metrics_that_fail_when_they_are_closed(make_recipe, uninterrupted, monkeypatch):
+    def close(metrics):
+        close_all(metrics)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")  # as NFS tells it
+
+    close_all = MetricsWriter.close
+    recipe = make_recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "close", close)
+        with pytest.raises(UsageError, match=r"The metrics in .*no space is left.*step-00000012 is complete"):
+            train(recipe)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, existing="overwrite", on_event=At(2, interrupt_twice))
     assert_same(train(recipe), uninterrupted)
 
 
