@@ -4,10 +4,13 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from flash_gsa.errors import UsageError
 from flash_gsa.training.engine import PEAK_FLOPS
-from flash_gsa.training.estimate import GIB, Memory, Size, estimate_memory, model_size
-from flash_gsa.training.recipe import Recipe
+from flash_gsa.training.estimate import GIB, Memory, Size, check_processes, estimate_memory, model_size
+from flash_gsa.training.model import check_model
+from flash_gsa.training.recipe import EngineSection, Recipe
 from flash_gsa.training.schedule import RunLength
 
 ASSUMED_SHARE = 0.4
@@ -95,18 +98,26 @@ def check_fits(recipe: Recipe, processes: int, device_memory: int, size: Size | 
         f"ha{'s' if processes == 1 else 've'} {device_memory / GIB:.1f} GiB. "
     )
 
-    def fits(change: _Change) -> bool:
-        return estimate_memory(change.recipe, change.processes, size).total <= device_memory
+    def total(change: _Change) -> int:
+        return estimate_memory(change.recipe, change.processes, size).total
 
-    for ladder in _ladders(recipe, processes):
-        first = bisect_left(ladder, True, key=fits)
-        if first < len(ladder):
-            change = ladder[first]
-            then = estimate_memory(change.recipe, change.processes, size).total
-            raise UsageError(f"{said}The smallest change that fits: {change.said} ({then / GIB:.1f} GiB)")
+    def smallest(ladder: list[_Change]) -> _Change | None:
+        first = bisect_left(ladder, True, key=lambda change: total(change) <= device_memory)
+        return ladder[first] if first < len(ladder) else None
+
+    cut = ""
+    for ladder, beside in _ladders(recipe, processes):
+        if change := smallest(ladder):
+            said += f"The smallest change that fits: {change.said} ({total(change) / GIB:.1f} GiB)"
+            if other := smallest(beside):
+                over = other.recipe.engine.context
+                said += f". Or, with each row cut over {over} processes: {other.said} ({total(other) / GIB:.1f} GiB)"
+            raise UsageError(said)
+        if any(change.recipe.engine.context > recipe.engine.context for change in ladder):
+            cut = ", not with each row cut over them (engine.context)"
     raise UsageError(
         f"{said}Nothing fits: not one row at a time, not with engine.checkpointing=all, not in shards over as many "
-        "processes as there are rows. Take a smaller model, shorter rows, or a device with more memory"
+        f"processes as there are rows{cut}. Take a smaller model, shorter rows, or a device with more memory"
     )
 
 
@@ -119,39 +130,74 @@ class _Change:
     processes: int
 
 
-def _ladders(recipe: Recipe, processes: int) -> Iterator[list[_Change]]:
+def _ladders(recipe: Recipe, processes: int) -> Iterator[tuple[list[_Change], list[_Change]]]:
     """Changes, the smaller ones first; within a ladder each takes less memory than the one before.
 
     Rows cut into micro-batches are a ladder of their own: DDP keeps gradients for several that it does not for one.
+    With a ladder of another engine comes one that keeps it and cuts rows over processes, to name beside: each costs
+    time of another kind.
     """
     also = ""
     if recipe.engine.reshard_after == "step":  # with it, fewer rows at once can take more: sums of micro-batches
         also, recipe = "engine.reshard_after=block ", _with_engine(recipe, reshard_after="block")
-        yield [_Change(also.strip(), recipe, processes)]
-    yield _fewer_rows(recipe, processes, also)
-    again = _with_engine(recipe, checkpointing="all")
+        yield [_Change(also.strip(), recipe, processes)], []
+    yield _fewer_rows(recipe, processes, also), []
+
+    bases = [(also, recipe)]
     if recipe.engine.checkpointing != "all":
-        said = f"{also}engine.checkpointing=all"
-        yield from ([_Change(said, again, processes)], _fewer_rows(again, processes, said))
-    sharded = recipe.engine.kind in ("fsdp2", "zero3")
-    if not sharded and processes > 1:
-        for base, more in ((recipe, ""), (again, " engine.checkpointing=all")):
-            said, changed = f"{also}engine.kind=fsdp2{more}", _with_engine(base, kind="fsdp2", replicas=None)
-            yield from ([_Change(said, changed, processes)], _fewer_rows(changed, processes, said))
-    # More processes divide what is kept. What one of them computes at once is the least there is.
-    settings, least = f"{also}engine.checkpointing=all batch.micro_rows=1", _with_rows(again, 1)
-    if not sharded:
-        settings, least = f"engine.kind=fsdp2 {settings}", _with_engine(least, kind="fsdp2", replicas=None)
+        bases.append((f"{also}engine.checkpointing=all ", _with_engine(recipe, checkpointing="all")))
+    unsharded = recipe.engine.kind not in ("fsdp2", "zero3")
+    fsdp2 = "engine.kind=fsdp2 " + ("engine.replicas=null " if recipe.engine.replicas else "")
+    in_shards = [(fsdp2 + said, _with_engine(base, kind="fsdp2", replicas=None)) for said, base in bases]
+    beside = _cut_rows(recipe, processes, also)
+    for said, base in [*bases[1:], *(in_shards if unsharded and processes > 1 else [])]:
+        yield [_Change(said.strip(), base, processes)], beside
+        yield _fewer_rows(base, processes, said), beside
+    cut_bases = bases if recipe.engine.kind == "fsdp2" else [*bases, *in_shards]  # zero3 cuts no rows
+    for said, base in cut_bases:
+        yield _cut_rows(base, processes, said), []
+
+    # More processes divide what is kept. What one of them computes at once is the least there is: one row, then a part.
     counts = [processes << n for n in range(1, MOST_PROCESSES.bit_length()) if processes << n <= MOST_PROCESSES]
-    usable = [n for n in counts if recipe.batch.rows * recipe.engine.context % n == 0]
-    yield [_Change(f"{n} processes with {settings}", least, n) for n in usable]
+    said, least = (in_shards if unsharded else bases)[-1]
+    if recipe.engine.checkpointing == "all":
+        said += "engine.checkpointing=all "
+    least = _with_rows(least, 1)
+    more = [_Change(f"{n} processes with {said}batch.micro_rows=1", least, n) for n in counts]
+    yield [change for change in more if _accepted(change)], []
+    said, least = cut_bases[-1]
+    yield [change for n in counts for change in _cut_rows(least, n, f"{n} processes with {said}")[-1:]], []
 
 
-def _fewer_rows(recipe: Recipe, processes: int, also: str = "") -> list[_Change]:
+def _fewer_rows(recipe: Recipe, processes: int, also: str) -> list[_Change]:
     """Ever fewer rows at once, with `also` said before."""
     rows, count = recipe.batch.micro_batches(processes, recipe.engine.context)
     divisors = [n for n in range(rows - 1, 0, -1) if rows * count % n == 0]
-    return [_Change(f"{also.strip()} batch.micro_rows={n}".strip(), _with_rows(recipe, n), processes) for n in divisors]
+    fewer = [_Change(f"{also}batch.micro_rows={n}", _with_rows(recipe, n), processes) for n in divisors]
+    return [change for change in fewer if _accepted(change)]
+
+
+def _cut_rows(recipe: Recipe, processes: int, also: str) -> list[_Change]:
+    """One row at once, cut over ever more processes, with `also` said before; the rows of a step stay as many."""
+    try:
+        check_model(_with_engine(recipe, context=processes))
+    except UsageError:  # softmax attention
+        return []
+    also += "" if recipe.batch.micro_rows == 1 else "batch.micro_rows=1 "
+    one = _with_rows(recipe, 1)
+    counts = [n for n in range(recipe.engine.context + 1, processes + 1) if processes % n == 0]
+    cut = [_Change(f"{also}engine.context={n}", _with_engine(one, context=n), processes) for n in counts]
+    return [change for change in cut if _accepted(change)]
+
+
+def _accepted(change: _Change) -> bool:
+    """Whether the rules of recipes allow it, which copies of a recipe have not been asked for."""
+    try:
+        EngineSection.model_validate(change.recipe.engine.model_dump())
+        check_processes(change.recipe, change.processes)
+    except (ValidationError, UsageError):
+        return False
+    return True
 
 
 def _with_engine(recipe: Recipe, **values: object) -> Recipe:

@@ -242,6 +242,97 @@ def test_more_processes_are_the_last_resort(size):
     assert re.search(r"fits: [48] processes with engine\.checkpointing=all batch\.micro_rows=1", said)
 
 
+def proposals(said, processes):
+    """Of a refusal: on how many processes, and which overrides."""
+    found = re.findall(r"(?:fits|over \d+ processes): (?:(\d+) processes with )?(\S+=[^(]*) \(", said)
+    return [(int(count or processes), overrides.split()) for count, overrides in found]
+
+
+LONG = ["model.num_hidden_layers=2", "batch={rows: 16, length: 1048576}", "schedule={steps: 10, warmup_steps: 1}"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [
+        ("{kind: single}", 1),
+        ("{kind: ddp}", 4),
+        ("{kind: fsdp2, reshard_after: step}", 4),
+        ("{kind: fsdp2, context: 2}", 4),
+        ("{kind: hsdp, replicas: 2}", 4),
+        ("{kind: zero2}", 4),
+        ("{kind: zero3, checkpointing: all}", 4),
+    ],
+)
+def test_every_proposal_passes_the_dry_run_down_to_where_nothing_fits(tmp_path, monkeypatch, engine, processes):
+    monkeypatch.setattr("flash_gsa.training.dry_run.MOST_PROCESSES", 16)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SMALL, encoding="utf-8")
+    given = [*LONG, f"engine={engine}"]
+    recipe = load_recipe(str(file), given)
+    size = model_size(recipe)
+    needed, said = estimate_memory(recipe, processes, size), ""
+    while True:
+        memory = int(needed.outside + 0.9 * needed.tensors)
+        before, said = said, refusal(recipe, processes, memory, size)
+        if "Nothing fits" in said:
+            break
+        for count, overrides in proposals(said, processes):
+            changed = load_recipe(str(file), [*given, *overrides])
+            check_fits(changed, count, memory, size)
+            assert changed.batch.tokens == recipe.batch.tokens
+            needed = estimate_memory(changed, count, size)
+            assert f"{overrides[-1]} ({needed.total / GIB:.1f} GiB)" in said
+    assert "16 processes with" in before
+    assert "engine.context=16" in before
+
+
+@pytest.fixture(scope="module")
+def long_rows():
+    def build(*overrides):
+        engine = "engine={kind: fsdp2}"
+        return load_recipe("gsa_1.3b", [engine, "batch.rows=8", "batch.micro_rows=1", *overrides])
+
+    return build, model_size(build())
+
+
+def test_rows_beyond_a_device_are_cut_over_as_few_processes_as_hold_them(long_rows):
+    build, size = long_rows
+    said = refusal(build("batch.length=65536"), 8, 80 * GIB, size)
+    assert "needs about 116.4 GiB" in said
+    assert "smallest change that fits: engine.checkpointing=all (16.8 GiB). Or, with each row cut" in said
+    assert (8, ["engine.context=2"]) in proposals(said, 8)
+    then = build("batch.length=65536", "engine.context=2")
+    assert estimate_memory(then, 8, size).total / GIB == pytest.approx(61.4, abs=0.1)
+    check_fits(then, 8, 80 * GIB, size)
+
+    long = ["engine.checkpointing=all", "batch.length=1048576"]
+    assert "The smallest change that fits: engine.context=4 (" in refusal(build(*long), 8, 80 * GIB, size)
+    check_fits(build(*long, "engine.context=4"), 8, 80 * GIB, size)
+    assert estimate_memory(build(*long, "engine.context=2"), 8, size).total > 80 * GIB
+
+
+@pytest.mark.parametrize("model", [{"token_mixer": "attention"}, {"num_slots": 16, "attn": {"layers": [1]}}])
+def test_rows_of_softmax_attention_are_not_cut(tmp_path, model):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SMALL, encoding="utf-8")
+    model = json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2} | model)
+    engine = "engine={kind: fsdp2, checkpointing: all}"
+    recipe = load_recipe(str(file), [f"model={model}", engine, "batch={rows: 16, length: 16384, micro_rows: 1}"])
+    size = model_size(recipe)
+    needed = estimate_memory(recipe, 4, size)
+    said = refusal(recipe, 4, needed.outside + needed.tensors / 2, size)
+    assert "Nothing fits" in said
+    assert "context" not in said
+
+
+def test_rows_that_do_not_divide_are_not_cut(size):
+    recipe = small(kind="fsdp2", checkpointing="all")
+    batch = recipe.batch.model_copy(update={"length": 16385, "micro_rows": 1})
+    recipe = recipe.model_copy(update={"batch": batch})
+    needed = estimate_memory(recipe, 4, size)
+    assert "Nothing fits" in refusal(recipe, 4, needed.outside + needed.tensors / 2, size)
+
+
 @pytest.mark.parametrize(
     ("engine", "processes", "message"),
     [
