@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold the text and the source label.
+    """Which fields of a record hold the text and the source label; `a.b` is the field b of the record in a field a.
 
     `source` None: a field named "source" where there is one, else the label of the whole file.
     """
@@ -60,9 +60,10 @@ class Fields(NamedTuple):
         return Document(text, label, name)
 
     def _string(self, record: Mapping[str, Any], field: str, role: str, name: str) -> str:
-        if field not in record:
-            raise UsageError(missing_field(field, role, record, name))
-        value = record[field]
+        try:
+            value = _value(record, field)
+        except KeyError:
+            raise UsageError(missing_field(field, role, _names(record), name)) from None
         if not isinstance(value, str):
             raise UsageError(
                 f"{name}: field {field!r} is {type(value).__name__}, expected a string. Correct or drop the record"
@@ -78,7 +79,25 @@ class Fields(NamedTuple):
         return value
 
 
-def missing_field(field: str, role: str, fields: Mapping[str, Any] | list[str], name: str) -> str:
+def _value(record: Mapping[str, Any], field: str) -> Any:
+    if field in record:  # a field may have a dot in its own name
+        return record[field]
+    outer, _, inner = field.partition(".")
+    if not inner or not isinstance(record.get(outer), Mapping):
+        raise KeyError(field)
+    return _value(record[outer], inner)
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """Of all fields, those of records within it by their whole names."""
+    return [
+        whole
+        for name, value in record.items()
+        for whole in ([f"{name}.{inner}" for inner in _names(value)] if isinstance(value, Mapping) else [name])
+    ]
+
+
+def missing_field(field: str, role: str, fields: list[str], name: str) -> str:
     """The message for a record or table without `field`; `role` is "text" or "source"."""
     present = ", ".join(map(repr, fields)) or "none"
     return (

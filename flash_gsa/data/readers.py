@@ -65,12 +65,15 @@ def read_parquet(path: Path, label: str, fields: Fields) -> Iterator[Document]:
         contents = path if plain else pyarrow.BufferReader(b"".join(read_chunks(path)))
         table = pyarrow.parquet.ParquetFile(contents)
         names = table.schema_arrow.names
-        for field, role in ((fields.text, "text"), (fields.source, "source")):
-            if field is not None and field not in names:
+        wanted = []
+        for field, role in ((fields.text, "text"), (fields.source or "source", "source")):
+            column = field if field in names else field.partition(".")[0]  # that holds records
+            if column in names:
+                wanted.append(column)
+            elif role == "text" or fields.source is not None:
                 raise UsageError(missing_field(field, role, names, str(path)))
-        wanted = [name for name in (fields.text, fields.source or "source") if name in names]
         row = 0
-        for rows in table.iter_batches(batch_size=1024, columns=wanted):
+        for rows in table.iter_batches(batch_size=1024, columns=list(dict.fromkeys(wanted))):
             for record in rows.to_pylist():
                 document = fields.document(record, name=f"{path}, row {row}", label=label)
                 row += 1

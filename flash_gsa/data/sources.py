@@ -28,7 +28,7 @@ def iter_documents(
             `.jsonl`, `.parquet`, or a text file without suffix; plain, `.gz`, `.xz` or `.zst`); or a list of these.
         text_field: the field of a record (JSON lines, Parquet, hub) that holds the text.
         source_field: the field that holds the label for reporting; by default a field "source" where there is
-            one, else the name of the file or data set.
+            one, else the name of the file or data set. Of records in records: "meta.set".
 
     Raises:
         UsageError: what is wrong with the spec (at once) or with a document (when it is reached).

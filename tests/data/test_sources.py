@@ -74,6 +74,25 @@ def test_fields_by_name(tmp_path):
     assert [d.source for d in iter_documents(str(file), text_field="body")] == ["x"]
 
 
+NESTED = [{"meta": {"set": "left", "body": {"text": "a"}}, "a.b": "c"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_fields_of_records_in_records(suffix, tmp_path):
+    file = tmp_path / f"x{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(NESTED), file)
+    else:
+        file.write_bytes(json_lines(NESTED))
+    within = {"text_field": "meta.body.text", "source_field": "meta.set"}
+    assert [document[:2] for document in iter_documents(str(file), **within)] == [("a", "left")]
+    assert [document[:2] for document in iter_documents(str(file), text_field="a.b")] == [("c", "x")]
+    with pytest.raises(UsageError, match=r"no field 'meta\.st'; there are: 'meta\.set', .* Did you mean 'meta\.set'"):
+        list(iter_documents(str(file), **within | {"source_field": "meta.st"}))
+    with pytest.raises(UsageError, match=r"no field 'meta\.set\.x'"):
+        list(iter_documents(str(file), **within | {"source_field": "meta.set.x"}))
+
+
 def test_long_lines_and_streams_in_many_chunks(tmp_path):
     texts = ["x" * 700_000, "y", "é" * 300_000]
     file = tmp_path / "long.jsonl.xz"
