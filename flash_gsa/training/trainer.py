@@ -10,7 +10,8 @@ optimiser moments, position in the data, random states, number of steps, time sp
 
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -386,8 +387,16 @@ class _Run:
             with self._writing_metrics():
                 self.metrics.close()
 
-    def _writing_metrics(self) -> AbstractContextManager:
-        return disk_errors(f"The metrics in {self.run_dir} could not be written", self.run_dir)
+    @contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        with disk_errors(f"The metrics in {self.run_dir} could not be written", self.run_dir):
+            try:
+                yield
+            except OSError:
+                # What is told of it names the newest checkpoint, so the one being written is waited for.
+                with suppress(Exception):
+                    self._tell_saved(self.writer.wait())
+                raise
 
     def _check_space(self) -> None:
         # fp32 weights and two moments each, for the checkpoints that are kept and the one being written.

@@ -343,18 +343,25 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(make_recipe, uninterrupted,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_metrics_that_do_not_fit_the_disk(make_recipe, tmp_path, uninterrupted, monkeypatch, capsys):
-    """What could not be written fails again when the file is closed, which is not what the user is told."""
+    """What could not be written fails again when the file is closed, which is not what the user is told; and a
+    checkpoint that was still being written counts."""
 
     def write(metrics, record):
         if record["step"] == 6:
             with Path("/dev/full").open("w") as full:
                 os.dup2(full.fileno(), metrics._file.fileno())
+            threading.Timer(0.2, failed.set).start()
         write_record(metrics, record)
 
-    write_record = MetricsWriter.write
+    def write_late(path, value):
+        assert failed.wait(60)
+        write_json(path, value)
+
+    failed, write_record, write_json = threading.Event(), MetricsWriter.write, checkpoint_module._write_json
     recipe = make_recipe()
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write)
+        patch.setattr(checkpoint_module, "_write_json", write_late)
         with pytest.raises(SystemExit) as ended:
             main(["train", str(tmp_path / "tiny.yaml")])
     assert ended.value.code == 1
