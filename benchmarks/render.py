@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bytes_table
+from benchmarks import bytes_table, step_table
 from benchmarks.markdown import minutes, table, told
 from benchmarks.operator_table import lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
@@ -33,6 +33,8 @@ FILES = {
     "op_gpu-summary": "op_gpu",
     "train_gpu-summary": "train_gpu",
     "operator_memory": "operator_bytes",
+    "between_products": "train_gpu",
+    "step_bounds": "train_gpu",
 }
 """Blocks of the file of another block."""
 
@@ -221,6 +223,10 @@ def operator_bytes(result: dict[str, Any]) -> str:
     return bytes_table.moved(result, load("op_gpu"))
 
 
+def step_bounds(result: dict[str, Any]) -> str:
+    return step_table.step_bounds(result, load("train_gpu_variants"), load("op_gpu"))
+
+
 def operator_memory(result: dict[str, Any]) -> str:
     return bytes_table.held(result, load("op_gpu"))
 
@@ -363,6 +369,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,
     "operator_memory": operator_memory,
+    "between_products": step_table.between_products,
+    "step_bounds": step_bounds,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "counters": counters,

@@ -61,12 +61,9 @@ def _memory(result: Record) -> str:
 
 
 def _steps(result: Record) -> str:
-    """A line for everyone at the first length that was measured."""
+    """A line for everyone at every length."""
     rows = []
-    shown = [r for r in result["steps"] if not r["problem"]]
-    for r in shown:
-        if r["length"] != shown[0]["length"]:
-            continue
+    for r in sorted((r for r in result["steps"] if not r["problem"]), key=lambda r: r["length"]):
         parts = [f"{1e3 * seconds:,.1f}" for seconds in r.get("parts", {}).values()] or ["–"] * 3
         shares = [f"{r[key]:.1%}" if key in r else "–" for key in ("mfu", "share_of_product")]
         rows.append([f"{named(r)}, {r['rows']}×{r['length']}", *parts, f"{1e3 * r['seconds']:,.1f}", *shares])

@@ -1,0 +1,116 @@
+"""What a training step of the 1.3B model cannot do without, beside what was measured, as it stands in the documents."""
+
+from typing import Any
+
+from benchmarks.markdown import table, told
+
+Record = dict[str, Any]
+
+ROWS, LENGTH = 8, 2048
+WANTED = {"times FLA": 1.45, "tokens a second": 73_000}
+"""What a step is wanted to make."""
+MOVED = {
+    "SiLU(gate) ∘ up: 5 + 9 tensors in PyTorch, 3 + 5 here, and the product again": (38.5, 24.75),
+    "both sums and norms, with what joins the residual stream backward": (26, 17),
+    "sums of the gradients of the inputs of q, k, v, f and of gate, up": (12, 4),
+    "the result of SiLU and norm before W_o again": (0, 1),
+}
+"""Of a block, what lies between its products: passes over a [tokens, width] tensor, in PyTorch and here. The MLP's
+tensors are 2.75 such wide."""
+WITHIN_PRODUCTS = "sums of the gradients of the inputs of q, k, v, f and of gate, up"
+"""No launches of their own: products read these and add to them."""
+BFLOAT16 = 2
+OPTIMIZER_PASSES = 7  # weight, gradient and two moments read; all but the gradient written
+
+
+def between_products(result: Record) -> str:
+    """Passes of a block, their floor at the speed of a copy, and what is saved by making fewer."""
+    one = _pass_seconds(result)
+    rows = []
+    for what, (there, here) in MOVED.items():
+        within = ", within products" if what == WITHIN_PRODUCTS else ""
+        times = [f"{1e6 * one * passes:.0f}" for passes in (here, there - here)]
+        rows.append([what, f"{there:g}", f"{here:g}{within}", *times])
+    size = result["size"]
+    saved = one * sum(there - here for there, here in MOVED.values())
+    bytes_moved = BFLOAT16 * result["tokens"] * size["hidden"]
+    return "\n\n".join(
+        [
+            f"One pass over a [{result['tokens']:,}, {size['hidden']:,}] tensor in bfloat16, U = {bytes_moved / 1e6:.0f} "
+            f"MB, takes {1e6 * one:.1f} µs at the {_speed(result) / 1e12:.2f} TB/s of a copy.",
+            table(["", "U moved, PyTorch", "U moved here", "floor, µs", "predicted gain, µs"], rows),
+            f"The gains together are {1e3 * saved:.2f} ms a block, {1e3 * saved * size['layers']:.0f} ms a step of "
+            f"{size['layers']} blocks.",
+            told(result["about"]),
+        ]
+    )
+
+
+def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
+    """The floors of a step's parts, their sum, and what is wanted.
+
+    Args:
+        result: of `flash-gsa bench train`: ours beside FLA.
+        profiled: the same with a profile of ours by kinds of kernels.
+        operator: of `flash-gsa bench op`: the operator in a CUDA graph.
+    """
+    size, layers = result["size"], result["size"]["layers"]
+    ours, fla = (_step(result, name) for name in ("ours", "fla"))
+    profile = next(p for p in profiled["profile"] if p["implementation"] == "ours" and p["variant"] == "plain")
+    kinds = {kind["category"]: kind["milliseconds"] for kind in profile["categories"]}
+    op = next(r for r in operator["shapes"] if _is_the_layer(r))["in_graph"]["forward_backward"]["seconds"]
+    parameters = ours["parameters"]
+    floors = {
+        "products of blocks": (kinds["products"], "as profiled, one phase at a time"),
+        "products of the loss": (kinds["loss, products"], "as profiled"),
+        "the operator": (
+            1e3 * layers * op,
+            f"forward and backward of {layers} layers, each {1e3 * op:.3f} ms in a graph",
+        ),
+        "AdamW": (
+            1e3 * OPTIMIZER_PASSES * BFLOAT16 * parameters / _speed(result),
+            f"weights, gradients and moments of {parameters / 1e9:.2f} billion, at the speed of a copy",
+        ),
+        "what lies between products": (
+            1e3 * layers * _pass_seconds(result) * sum(here for _, here in MOVED.values()),
+            f"{layers} times the floors of the table above",
+        ),
+    }
+    together = sum(time for time, _ in floors.values())
+    without = together - floors["what lies between products"][0]
+    rows = [[f"{name}: {how}", f"{time:.0f}"] for name, (time, how) in floors.items()]
+    rows += [["**together**", f"{together:.0f}"], ["measured", f"{1e3 * ours['seconds']:.0f}"]]
+    wanted = 1e3 * fla["seconds"] / WANTED["times FLA"]
+    goal = 1e3 * result["tokens"] / WANTED["tokens a second"]
+    rows.append([f"FLA's step, over {WANTED['times FLA']}", f"{wanted:.0f}"])
+    rows.append([f"a step at {WANTED['tokens a second']:,} tokens/s", f"{goal:.0f}"])
+    alone = _step(profiled, "ours")
+    return "\n\n".join(
+        [
+            table([f"ms of a step of {result['tokens']:,} tokens, {size['name']}, bfloat16", ""], rows),
+            f"Measured, ours makes {fla['seconds'] / ours['seconds']:.2f} times FLA's tokens a second. Products, operator "
+            f"and AdamW alone, with nothing between them, are {without:.0f} ms. In the run with the profile all kernels "
+            f"together take {profile['kernel_milliseconds']:.0f} ms when phases run with rests between them, and a whole "
+            f"step {1e3 * alone['seconds']:.0f}.",
+            "Steps and the copy: " + told(result["about"]),
+            "The profile: " + told(profiled["about"]),
+            "The operator: " + told(operator["about"]),
+        ]
+    )
+
+
+def _speed(result: Record) -> float:
+    return result["ceilings"]["copy"]["bytes_per_second"]
+
+
+def _pass_seconds(result: Record) -> float:
+    return BFLOAT16 * result["tokens"] * result["size"]["hidden"] / _speed(result)
+
+
+def _step(result: Record, name: str) -> Record:
+    wanted = {"implementation": name, "variant": "plain", "rows": ROWS, "length": LENGTH}
+    return next(r for r in result["steps"] if wanted.items() <= r.items())
+
+
+def _is_the_layer(record: Record) -> bool:
+    return record["implementation"] == "auto" and record["shape"]["label"] == f"1.3B-{ROWS}x{LENGTH}"

@@ -1,0 +1,75 @@
+"""What bounds a step: floors from result files, their sum, and what is wanted of a step."""
+
+import pytest
+
+from benchmarks.step_table import between_products, step_bounds
+from tests.benchmarks.test_bytes_table import ABOUT, rows
+
+LAYER = {"label": "1.3B-8x2048"}
+
+
+def step(name, seconds, length=2048):
+    where = {"variant": "plain", "rows": 16_384 // length, "length": length, "parameters": 10**9}
+    return {"implementation": name, "seconds": seconds} | where
+
+
+TRAINED = {
+    "about": ABOUT | {"command": "bench train"},
+    "size": {"name": "1.3B", "hidden": 1000, "layers": 10},
+    "tokens": 16_384,
+    "ceilings": {"copy": {"bytes_per_second": 1e12}},
+    "steps": [step("ours", 9.0, 4096), step("fla", 0.29), step("ours", 0.2)],
+}
+PROFILED = {
+    "about": ABOUT | {"command": "bench train with a profile"},
+    "profile": [
+        {"implementation": "ours", "variant": "compiled", "kernel_milliseconds": 9.0, "categories": []},
+        {
+            "implementation": "ours",
+            "variant": "plain",
+            "kernel_milliseconds": 171.0,
+            "categories": [
+                {"category": "products", "milliseconds": 100.0},
+                {"category": "loss, products", "milliseconds": 7.0},
+            ],
+        },
+    ],
+    "steps": [step("ours", 0.205)],
+}
+OPERATOR = {
+    "about": ABOUT | {"command": "bench op"},
+    "shapes": [
+        {"implementation": "fla", "shape": LAYER, "in_graph": {"forward_backward": {"seconds": 9.0}}},
+        {"implementation": "auto", "shape": LAYER, "in_graph": {"forward_backward": {"seconds": 0.002}}},
+    ],
+}
+
+
+def test_passes_at_the_speed_of_a_copy():
+    text = between_products(TRAINED)
+    assert "U = 33 MB, takes 32.8 µs at the 1.00 TB/s" in text
+    found = rows(text)
+    assert found["both sums and norms, with what joins the residual stream backward"] == ["26", "17", "557", "295"]
+    assert found["the result of SiLU and norm before W_o again"] == ["0", "1", "33", "-33"]
+    saved = 32.768e-3 * (13.75 + 9 + 8 - 1)
+    assert f"{saved:.2f} ms a block, {10 * saved:.0f} ms a step of 10 blocks" in text
+
+
+def test_the_floors_of_a_step_add_up():
+    text = step_bounds(TRAINED, PROFILED, OPERATOR)
+    found = {name.split(":")[0]: int(cells[0]) for name, cells in rows(text).items() if cells[0].isdigit()}
+    assert found["products of blocks"] == 100
+    assert found["products of the loss"] == 7
+    assert found["the operator"] == 20
+    assert found["AdamW"] == 14
+    assert found["what lies between products"] == pytest.approx(10 * 32.768e-3 * 46.75, abs=0.5)
+    assert found["**together**"] == pytest.approx(141 + 10 * 32.768e-3 * 46.75, abs=0.5)
+    assert found["measured"] == 200
+    assert found["FLA's step, over 1.45"] == 200
+    assert found["a step at 73,000 tokens/s"] == 224
+    assert "1.45 times FLA's tokens a second" in text
+    assert "alone, with nothing between them, are 141 ms" in text
+    assert "together take 171 ms" in text
+    assert "step 205." in text
+    for command in ("`bench train`", "`bench train with a profile`", "`bench op`"):
+        assert command in text
