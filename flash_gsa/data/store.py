@@ -25,6 +25,10 @@ from flash_gsa.data.verification import Progress, Verify, verify_shards
 from flash_gsa.errors import UsageError
 
 
+class DamagedShard(UsageError):
+    """Tokens that were read are not what was written."""
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Documents 0, 1, … of one store or of several, as tokens.
@@ -170,7 +174,7 @@ class TokenStore:
     def _in_vocabulary(self, shard: Shard, tokens: np.ndarray) -> np.ndarray:
         # Where nothing else compares ids, on a GPU, others end a run with an error that names neither text nor file.
         if self.vocab_size is not None and (highest := int(tokens.max(initial=0))) >= self.vocab_size:
-            raise UsageError(
+            raise DamagedShard(
                 f"the shard {shard.path} is damaged: it holds token id {highest}, and the vocabulary has "
                 f"{self.vocab_size} ids. Delete this shard; it is built again alone. data.verify=true (verify=True) "
                 "compares the checksums of all shards"

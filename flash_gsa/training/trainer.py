@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from flash_gsa.data import NOT_SCORED, Batch
+from flash_gsa.data.store import DamagedShard
 from flash_gsa.errors import UsageError
 from flash_gsa.inspection.usage import slot_usage
 from flash_gsa.models import GSAForCausalLM
@@ -203,10 +204,14 @@ class _Run:
                 self._evaluate()
             stopped = self._loop(interrupts)
             self._tell_saved(self.writer.wait())
-        except BaseException:
-            # What a full disk has not taken is written once more by this; what to tell is the first error.
+        except BaseException as error:
+            # What to tell is the first error. By this, what a full disk has not taken is written once more,
             with suppress(Exception):
                 self._close_metrics()
+            # and a checkpoint is finished, unless the user does not wait.
+            if isinstance(error, Exception):
+                with suppress(Exception):
+                    self._tell_saved(self.writer.wait())
             raise
         self._close_metrics()
         engine.barrier()
@@ -318,7 +323,9 @@ class _Run:
             record = self.inputs.held_out.score(self.engine)
             record |= self.engine.score(slot_usage, self.inputs.held_out.sample(_TOKENS_LOOKED_AT))
             bad = [n for n, x in record.items() if not isinstance(x, dict) and not math.isfinite(x)]
-        except UsageError as error:
+        except DamagedShard:
+            raise
+        except UsageError as error:  # see `_take_step`
             bad = [str(error)]
         if bad:
             self._stop(f"the held-out score after step {self.step} is not finite ({', '.join(bad)})", everywhere=True)

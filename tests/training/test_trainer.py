@@ -370,6 +370,32 @@ def test_metrics_that_do_not_fit_the_disk(make_recipe, tmp_path, uninterrupted, 
     assert_same(train(recipe), uninterrupted)
 
 
+def test_damaged_held_out_tokens_are_no_diverged_model(make_recipe, monkeypatch):
+    """They are named, the learning rate is not blamed, and a checkpoint that was still being written counts."""
+    recipe = make_recipe()
+    held_out = prepare_inputs(recipe).held_out
+    tokens = held_out.store.document(int(held_out.documents[0])).tobytes()
+    (shard,) = (s.path for s in held_out.store.shards)
+    assert shard.read_bytes().count(tokens) == 1
+
+    def damage():
+        with shard.open("r+b") as file:
+            file.seek(shard.read_bytes().index(tokens))
+            file.write(b"\xff" * len(tokens))
+        threading.Timer(0.2, failed.set).start()
+
+    def write_late(path, value):
+        assert failed.wait(60)
+        write_json(path, value)
+
+    failed, write_json = threading.Event(), checkpoint_module._write_json
+    monkeypatch.setattr(checkpoint_module, "_write_json", write_late)
+    with pytest.raises(UsageError, match=r"shard-00000\.arrow is damaged: it holds token id") as raised:
+        train(recipe, on_event=At(5, damage))
+    assert not isinstance(raised.value, TrainingStopped)
+    assert checkpoints(trainer.run_dir_of(recipe)) == ["step-00000004"]
+
+
 def test_metrics_that_fail_when_they_are_closed(make_recipe, uninterrupted, monkeypatch):
     def close(metrics):
         close_all(metrics)
