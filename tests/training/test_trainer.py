@@ -175,6 +175,23 @@ def test_a_whole_run(make_recipe):
     assert [kinds.count(kind) for kind in (events.Stepped, events.Evaluated, events.Saved)] == [12, 4, 3]
 
 
+def test_compiled_blocks_train_and_resume_alike(make_recipe, uninterrupted, monkeypatch):
+    compiled = []
+
+    def compile_without_inductor(block):
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
+    recipe = make_recipe("engine.compile=true")
+    assert train(recipe, on_event=At(5, send(signal.SIGTERM))).step == 5
+    result = train(recipe)
+    assert [type(block).__name__ for block in compiled] == ["GSABlock"] * 2
+    for record, expected in zip(curve(result.run_dir), uninterrupted[0], strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
 def test_a_checkpoint_is_a_model_with_its_tokenizer(make_recipe, tmp_path):
     result = train(make_recipe())
     model = GSAForCausalLM.from_pretrained(result.checkpoint)
