@@ -96,8 +96,14 @@ def held(result: dict[str, Any], measured: dict[str, Any]) -> str:
     for title, name, share in (("measured", "auto", 1), ("half of FLA's, measured", "fla", 2)):
         found = [_peak(measured, label, name) for label in labels]
         rows.append([title, "", *("–" if size is None else f"{size / share / 2**20:,.2f}" for size in found)])
+    for policy in shapes[0]["kept"]:
+        kept = [f"{s['kept'][policy] / 2**20:,.2f}" for s in shapes]
+        rows.append([f'kept between the two, `states="{policy}"`', "with the output", *kept])
     at = " and ".join(dict.fromkeys(f"`{s['memory']['kernel']}`" for s in shapes))
-    notes = f"MiB above the inputs and the gradient of o while {at} runs, the worst moment of a forward and backward."
+    notes = (
+        f"MiB above the inputs and the gradient of o while {at} runs, the worst moment of a forward and backward, "
+        "whatever the policy; what is kept between the two lies there once for every layer of a model."
+    )
     return "\n\n".join([table(["MiB", "", *labels], rows), notes, told(result["about"]), sources(measured)])
 
 

@@ -163,7 +163,8 @@ def noted() -> Iterator[list[Launch]]:
 
 
 def count(shape: Shape, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
-    """Bytes of every kernel of a forward and backward, of a forward alone, and of the memory at the worst moment."""
+    """Bytes of every kernel of a forward and backward, of a forward alone, and of the memory at the worst moment; and
+    what lies in memory between forward and backward, by the policy for states."""
     x, do = _inputs(shape, dtype)
     with noted() as alone, torch.no_grad():
         _forward(x)
@@ -185,7 +186,19 @@ def count(shape: Shape, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
         "forward_alone": {"read": read, "written": written},
         "once": {"forward": shape.forward_bytes(dtype.itemsize), "forward_backward": shape.both_bytes(dtype.itemsize)},
         "memory": {"kernel": worst.kernel, "tensors": _named(worst, launches, results)},
+        "kept": {policy: _kept(x, policy == "recompute") for policy in ("keep", "recompute")},
     }
+
+
+def _kept(x: dict[str, Tensor], recompute: bool) -> int:
+    """Bytes that a forward leaves for its backward, beside its inputs; o, which it returns, is one of them."""
+    storages = _Storages()
+    with noted() as launches, storages:
+        o = _forward({name: tensor.detach().requires_grad_() for name, tensor in x.items()}, recompute)
+        launches.clear()  # they hold their arguments
+        left = sum(storages.alive().values())
+    assert o.requires_grad
+    return left
 
 
 def _named(worst: Launch, launches: list[Launch], results: dict[str, Tensor]) -> dict[str, int]:
@@ -209,9 +222,9 @@ def _inputs(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor
     return x | {"g": empty(shape.H, shape.M, torch.float32)}, empty(shape.HQ, shape.V)
 
 
-def _forward(x: dict[str, Tensor]) -> Tensor:
+def _forward(x: dict[str, Tensor], recompute: bool = False) -> Tensor:
     q, k, v, g = (x[name] for name in "qkvg")
-    return attention(q, k, v, g, None, None, None, None, 1.0, False, False)[0]
+    return attention(q, k, v, g, None, None, None, None, 1.0, False, recompute)[0]
 
 
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:

@@ -21,6 +21,7 @@ def counted(label, size):
         "forward_alone": {"read": 3 * size, "written": size},
         "once": {"forward": 2 * size, "forward_backward": 6 * size},
         "memory": {"kernel": "inputs_backward", "tensors": {"o": size, "dq": 2 * size}},
+        "kept": {"keep": 3 * 2**20, "recompute": 2**19},
     }
 
 
@@ -71,6 +72,8 @@ def test_what_is_held_beside_what_was_measured():
     assert found["`o`"] == ["the output", "9.54", "0.95"]
     assert found["**sum**"] == ["", "**28.61**", "**2.86**"]
     assert found["measured"] == ["", "5.00", "5.00"]
+    assert found['kept between the two, `states="keep"`'] == ["with the output", "3.00", "3.00"]
+    assert found['kept between the two, `states="recompute"`'] == ["with the output", "0.50", "0.50"]
     assert found["half of FLA's, measured"] == ["", "8.00", "8.00"]
 
 

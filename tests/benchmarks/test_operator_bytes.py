@@ -115,6 +115,11 @@ else:
         assert not {"dhk", "dhv", "dl", "read_dl"} & tensors.keys()
         # What PyTorch's allocator counts on a GPU, in benchmarks/results/op_gpu.json.
         assert sum(tensors.values()) == 416555008
+        # Between forward and backward: what both policies keep, and the states of both passes between chunks.
+        assert counted["kept"] == {
+            policy: sum(tensors[name] for name in ("o", "until", "scaled", "levels", "p", "lse", *more))
+            for policy, more in (("keep", ("hk", "hv")), ("recompute", ()))
+        }
 
     def test_short_packed_sequences_take_no_more_memory_than_a_long_one():
         def most(shape):
