@@ -36,8 +36,9 @@ def between_products(result: Record) -> str:
     bytes_moved = BFLOAT16 * result["tokens"] * size["hidden"]
     return "\n\n".join(
         [
-            f"One pass over a [{result['tokens']:,}, {size['hidden']:,}] tensor in bfloat16, U = {bytes_moved / 1e6:.0f} "
-            f"MB, takes {1e6 * one:.1f} µs at the {_speed(result) / 1e12:.2f} TB/s of a copy.",
+            f"One pass over a [{result['tokens']:,}, {size['hidden']:,}] tensor in bfloat16, "
+            f"U = {bytes_moved / 1e6:.0f} MB, takes {1e6 * one:.1f} µs at the {_speed(result) / 1e12:.2f} TB/s of a "
+            "copy.",
             table(["", "U moved, PyTorch", "U moved here", "floor, µs", "predicted gain, µs"], rows),
             f"The gains together are {1e3 * saved:.2f} ms a block, {1e3 * saved * size['layers']:.0f} ms a step of "
             f"{size['layers']} blocks.",
@@ -88,10 +89,10 @@ def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
     return "\n\n".join(
         [
             table([f"ms of a step of {result['tokens']:,} tokens, {size['name']}, bfloat16", ""], rows),
-            f"Measured, ours makes {fla['seconds'] / ours['seconds']:.2f} times FLA's tokens a second. Products, operator "
-            f"and AdamW alone, with nothing between them, are {without:.0f} ms. In the run with the profile all kernels "
-            f"together take {profile['kernel_milliseconds']:.0f} ms when phases run with rests between them, and a whole "
-            f"step {1e3 * alone['seconds']:.0f}.",
+            f"Measured, ours makes {fla['seconds'] / ours['seconds']:.2f} times FLA's tokens a second. Products, "
+            f"operator and AdamW alone, with nothing between them, are {without:.0f} ms. In the run with the profile "
+            f"all kernels together take {profile['kernel_milliseconds']:.0f} ms when phases run with rests between "
+            f"them, and a whole step {1e3 * alone['seconds']:.0f}.",
             "Steps and the copy: " + told(result["about"]),
             "The profile: " + told(profiled["about"]),
             "The operator: " + told(operator["about"]),

@@ -293,7 +293,7 @@ def test_operators_are_what_they_are_registered_as(case):
 
 if not INTERPRETED:
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_triton_in_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
         run_in_interpreter(__file__)
@@ -307,7 +307,7 @@ if not INTERPRETED:
         for operator, arguments in triton_calls(case, "cuda"):
             torch.library.opcheck(operator, arguments)
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_inductor():
         if not any(map(shutil.which, ("g++", "clang++", "c++"))):
             pytest.skip("torch.compile needs a C++ compiler for the CPU")

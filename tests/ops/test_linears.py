@@ -209,6 +209,6 @@ def test_operators_are_what_they_say(device, wants_weight):
 
 if not INTERPRETED:
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)

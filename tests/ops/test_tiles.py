@@ -162,7 +162,7 @@ if not INTERPRETED:
             q = torch.empty(1, device="cuda:0", dtype=BF16)
             assert tiles.choose(q.dtype, 64, 64, 64, 1, q.device) == find_row((8, 6), BF16, 64, 64, 1).tiles
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)
 

@@ -333,6 +333,6 @@ def test_offsets_beyond_32_bits(taken, gpu_room):
 
 if not INTERPRETED:
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)

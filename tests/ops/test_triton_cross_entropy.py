@@ -230,6 +230,6 @@ def test_in_a_cuda_graph_without_waiting():
 
 if not INTERPRETED:
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)

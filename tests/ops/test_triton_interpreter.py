@@ -100,7 +100,7 @@ def count_lasting(sums, out, steps, size, FROM_END: tl.constexpr, H: tl.constexp
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)
 

@@ -377,6 +377,6 @@ else:
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
             compare_layer(mixer, x, mask, fused, monkeypatch, rtol=1e-4 if precision == "float32" else 0.05)
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)

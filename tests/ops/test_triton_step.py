@@ -168,7 +168,7 @@ def test_counters_are_handed_out_once():
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
-    @pytest.mark.timeout(600)
+    @pytest.mark.timeout(1800)
     def test_in_the_interpreter():
         run_in_interpreter(__file__)
 
