@@ -14,18 +14,24 @@ from flash_gsa.ops.triton.library import attention, linear_attention  # noqa: E4
 BF16 = torch.bfloat16
 
 
-def tensors(device="cpu", T=300, HQ=2, H=2, K=64, V=64, M=64, dtype=BF16, states=False, strength=False, packed=False):
-    """(q, k, v, g, s, hk0, hv0, cu_seqlens) of one sequence, or two."""
+def tensors(device="cpu", T=300, HQ=2, H=2, K=64, V=64, M=64, dtype=BF16, states=False, strength=False, packed=None):
+    """(q, k, v, g, s, hk0, hv0, cu_seqlens) of one sequence; or two, `packed` says where their boundaries are."""
 
     def zeros(*size, dtype=dtype):
         return torch.zeros(1, *size, dtype=dtype, device=device, requires_grad=True)
 
-    lengths = torch.tensor([0, *accumulate((100, T - 100))], dtype=torch.int32) if packed else None
+    lengths = torch.tensor([0, *accumulate((100, T - 100))], dtype=torch.int32, device=packed) if packed else None
     s = zeros(T, H, M) if strength else None
     count = 2 if packed else 1
     hk0, hv0 = (zeros(count, H, M, size, dtype=torch.float32)[0] if states else None for size in (K, V))
     g = zeros(T, H, M, dtype=torch.float32)
     return zeros(T, HQ, K), zeros(T, H, K), zeros(T, H, V), g, s, hk0, hv0, lengths
+
+
+def without_memory(given):
+    """As on a GPU, where boundaries may stay on the CPU."""
+    *inputs, lengths = given
+    return *(None if x is None else x.to("meta") for x in inputs), lengths
 
 
 CALLS = {
@@ -34,8 +40,8 @@ CALLS = {
     "wide, several slices": {"K": 256, "V": 128},
     "s given": {"strength": True},
     "states": {"states": True},
-    "packed": {"packed": True},
-    "packed, states": {"packed": True, "states": True},
+    "packed": {"packed": "cpu"},
+    "packed, states": {"packed": "cpu", "states": True},
     "many segments": {"T": 20_000, "H": 1, "HQ": 1},
     "float32": {"dtype": torch.float32},
     "float16": {"dtype": torch.float16},
@@ -68,7 +74,7 @@ def test_the_rehearsal_launches_what_the_call_does(launched, sizes, final, keep)
     called = launched.copy()
     launched.clear()
     with torch.no_grad():
-        passes._rehearsal(scale, final, keep, *(None if x is None else x.to("meta") for x in given))
+        passes._rehearsal(scale, final, keep, *without_memory(given))
     assert called
     assert launched == called
 
@@ -82,9 +88,8 @@ def test_the_rehearsal_of_gated_linear_attention_does_too(launched, sizes, final
     torch.autograd.backward([o, hT] if final else [o], [o, hT] if final else [o])
     called = launched.copy()
     launched.clear()
-    like = (None if x is None else x.to("meta") for x in (q, k, v, g, hv0, lengths))
     with torch.no_grad():
-        passes._linear_rehearsal(0.5, final, True, *like)
+        passes._linear_rehearsal(0.5, final, True, *without_memory((q, k, v, g, hv0, lengths)))
     assert called
     assert launched == called
 
@@ -108,7 +113,7 @@ def rehearsals(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("packed", [None, "cpu"], ids=["", "packed"])
 def test_a_call_is_rehearsed_once(rehearsals, packed):
     given = tensors(packed=packed)
     for _ in range(3):
@@ -124,8 +129,17 @@ def test_a_call_is_rehearsed_once(rehearsals, packed):
     assert len(rehearsals) == 3
 
 
+def test_boundaries_on_the_device_are_rehearsed_with_their_tables(launched):
+    given = tensors(packed="cpu")
+    with torch.no_grad():
+        passes._rehearsal(1.0, False, True, *(None if x is None else x.to("meta") for x in given))
+    names = [variant.kernel.fn.__name__ for variant, *_ in launched]
+    assert names[:3] == ["first_parts", "sequences_of_parts", "prepare"]
+    assert names.count("first_parts") == names.count("sequences_of_parts") == 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("packed", [None, "cpu", "cuda"], ids=["", "packed", "packed on the device"])
 def test_after_the_first_forward_nothing_is_left_to_compile(monkeypatch, packed):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -141,7 +155,9 @@ def test_after_the_first_forward_nothing_is_left_to_compile(monkeypatch, packed)
     given = tensors("cuda", K=96, V=72, M=40, packed=packed)  # sizes of no other test
     o, *_ = attention(*given, 1.0, False, False)
     kernels = len(compiled)
-    assert kernels == 8
+    of_tables = [name for name in compiled if name in ("first_parts", "sequences_of_parts")]
+    assert bool(of_tables) == (packed == "cuda")
+    assert kernels == 8 + len(of_tables)
     o.backward(torch.ones_like(o))
     attention(*given, 1.0, False, False)
     torch.cuda.synchronize()

@@ -287,12 +287,11 @@ def abc_gates(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None)
         return abc_op(logits, initial, cu_seqlens)
     if torch.is_grad_enabled() and (logits.requires_grad or (initial is not None and initial.requires_grad)):
         return _Abc.apply(logits, initial, cu_seqlens)
-    return forward_pass(logits, initial, cu_seqlens)
+    return forward_pass(cut_for(logits, cu_seqlens), logits, initial)
 
 
-def forward_pass(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward_pass(cut: Cut, logits: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """g, s and the last normalizers."""
-    cut = cut_for(logits, cu_seqlens)
     g, s = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
     final = logits.new_empty(cut.shape, dtype=torch.float32)
     sums = cut.room(logits)
@@ -306,10 +305,9 @@ def forward_pass(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | No
 
 
 def backward_pass(
-    g: Tensor, s: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, outgoing: list[Tensor], dtype: torch.dtype
+    cut: Cut, g: Tensor, s: Tensor, initial: Tensor | None, outgoing: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the logits, in `dtype`, and of the initial normalizers, from dg, ds and that of the last ones."""
-    cut = cut_for(g, cu_seqlens)
     dg, ds, dfinal = (x.contiguous() for x in outgoing)
     dlogits, dinitial = torch.empty_like(g, dtype=dtype), None if initial is None else torch.empty_like(initial)
     sums = cut.room(g)
@@ -326,22 +324,23 @@ def backward_pass(
 class _Abc(Function):
     @staticmethod
     def forward(ctx, logits, initial, cu_seqlens):
-        g, s, final = forward_pass(logits, initial, cu_seqlens)
+        cut = cut_for(logits, cu_seqlens)
+        g, s, final = forward_pass(cut, logits, initial)
         ctx.save_for_backward(g, s, initial, cu_seqlens)
-        ctx.dtype = logits.dtype
+        ctx.cut, ctx.dtype = cut, logits.dtype
         return g, s, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *outgoing):
-        g, s, initial, cu_seqlens = ctx.saved_tensors
-        return *backward_pass(g, s, initial, cu_seqlens, list(outgoing), ctx.dtype), None
+        g, s, initial, _ = ctx.saved_tensors
+        return *backward_pass(ctx.cut, g, s, initial, list(outgoing), ctx.dtype), None
 
 
 @torch.library.custom_op("flash_gsa::abc_gates", mutates_args=())
 def abc_op(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`forward_pass` for torch.compile."""
-    return forward_pass(logits, initial, cu_seqlens)
+    return forward_pass(cut_for(logits, cu_seqlens), logits, initial)
 
 
 @abc_op.register_fake
@@ -361,7 +360,7 @@ def abc_backward_op(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`backward_pass` for torch.compile; an absent gradient is an empty tensor."""
-    dlogits, dinitial = backward_pass(g, s, initial, cu_seqlens, outgoing, dtype)
+    dlogits, dinitial = backward_pass(cut_for(g, cu_seqlens), g, s, initial, outgoing, dtype)
     return dlogits, g.new_empty(0) if dinitial is None else dinitial
 
 

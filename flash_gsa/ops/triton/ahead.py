@@ -30,13 +30,14 @@ def rehearse(plan: Plan, options: tuple[bool, ...], given: tuple[Tensor | None, 
     if options in plan.rehearsed or device.type == "meta" or INTERPRETED:
         return
     plan.rehearsed.add(options)
-    # Other boundaries of packed sequences have another plan, with the same kernels.
-    dtypes = (None if x is None else x.dtype for x in given)
-    key = (device, plan.tiles, plan.split, *plan.constants.values(), *options, *dtypes)
+    # Other boundaries of packed sequences have another plan, with the same kernels; on the CPU they need none of
+    # `tables`, and stay there.
+    kinds = (None if x is None else (x.dtype, x.device) for x in given)
+    key = (device, plan.tiles, plan.split, *plan.constants.values(), *options, *kinds)
     if key in _rehearsed:
         return
     _rehearsed.add(key)
-    like = (None if x is None else x.to("meta") for x in given)
+    like = (x if x is None or x.device != device else x.to("meta") for x in given)
     with (
         torch.cuda.device(device),
         torch.no_grad(),

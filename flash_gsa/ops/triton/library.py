@@ -16,7 +16,7 @@ from .passes import (
     linear_forward_pass,
     linear_forward_tensors,
 )
-from .plan import Plan
+from .plan import Plan, plan_for
 
 
 def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, recompute: bool):
@@ -27,7 +27,8 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
     q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0))
     if not keep and not torch.compiler.is_compiling():
-        return forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, False)[0]
+        plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+        return forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, False)[0]
     if not torch.compiler.is_compiling():
         return _Attention.apply(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, recompute)
     o, hkT, hvT, *_ = attention_op(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep, recompute)
@@ -39,7 +40,8 @@ def context_attention(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, r
     q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0)):
         return _ContextAttention.apply(q, k, v, g, s, hk0, hv0, scale, want_final, recompute, exchange)
-    return context_forward_pass(q, k, v, g, s, hk0, hv0, scale, want_final, False, exchange)[0]
+    plan = plan_for(q, k, v, g, s is not None, None)
+    return context_forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, False, exchange)[0]
 
 
 def linear_attention(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
@@ -54,30 +56,34 @@ def linear_attention(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, recompute):
-        results, shared = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, True)
+        # The backward gets the plan: tables of boundaries on the device are made once for both.
+        plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+        results, shared = forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, True)
         if recompute:
             shared = (*shared[:-2], None, None)
+        # Of boundaries that are written over in between, autograd tells.
         ctx.save_for_backward(q, k, v, g, s, hk0, hv0, cu_seqlens, *shared)
-        ctx.scale = scale
+        ctx.plan, ctx.scale = plan, scale
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dhkT, dhvT):
-        q, k, v, g, s, hk0, hv0, cu_seqlens, *shared = ctx.saved_tensors
+        q, k, v, g, s, hk0, hv0, _, *shared = ctx.saved_tensors
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
-        given = (q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, ctx.scale)
+        given = (ctx.plan, q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, ctx.scale)
         return *backward_pass(*given, last_use=not _graph_is_kept()), *[None] * 4
 
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, s, hk0, hv0, scale, want_final, recompute, exchange):
-        results, shared, before = context_forward_pass(q, k, v, g, s, hk0, hv0, scale, want_final, True, exchange)
+        plan = plan_for(q, k, v, g, s is not None, None)
+        results, shared, before = context_forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, True, exchange)
         if recompute:
             shared = (*shared[:-2], None, None)
         ctx.save_for_backward(q, k, v, g, s, *before, *shared)
-        ctx.scale, ctx.exchange, ctx.has_initial = scale, exchange, hk0 is not None
+        ctx.plan, ctx.scale, ctx.exchange, ctx.has_initial = plan, scale, exchange, hk0 is not None
         return results
 
     @staticmethod
@@ -85,7 +91,7 @@ class _ContextAttention(torch.autograd.Function):
     def backward(ctx, do, dhkT, dhvT):
         q, k, v, g, s, hk0, hv0, *shared = ctx.saved_tensors
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
-        given = (q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, None, ctx.scale)
+        given = (ctx.plan, q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, ctx.scale)
         *gradients, dhk0, dhv0 = backward_pass(*given, exchange=ctx.exchange)
         return *gradients, *((dhk0, dhv0) if ctx.has_initial else (None, None)), *[None] * 4
 
@@ -93,17 +99,18 @@ class _ContextAttention(torch.autograd.Function):
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, h0, cu_seqlens, scale, want_final):
-        results, shared = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
+        plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
+        results, shared = linear_forward_pass(plan, q, k, v, g, h0, scale, want_final)
         ctx.save_for_backward(q, k, v, g, h0, cu_seqlens, *shared)
-        ctx.scale = scale
+        ctx.plan, ctx.scale = plan, scale
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dhT):
-        q, k, v, g, h0, cu_seqlens, *shared = ctx.saved_tensors
+        q, k, v, g, h0, _, *shared = ctx.saved_tensors
         do, dhT = _contiguous(do, dhT)
-        return *linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, ctx.scale), None, None, None
+        return *linear_backward_pass(ctx.plan, q, k, v, g, h0, shared, do, dhT, ctx.scale), None, None, None
 
 
 def _graph_is_kept() -> bool:
@@ -139,7 +146,8 @@ def attention_op(
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, hkT, hvT, and what the backward needs."""
-    results, shared = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep)
+    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+    results, shared = forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, keep)
     if recompute or not keep:
         shared = (*shared[:-2], None, None)
     return _filled((*results, *shared), q)
@@ -173,7 +181,8 @@ def attention_backward_op(
     """Gradients of q, k, v, g, s and the initial states."""
     do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
     kept = (*shared[:-2], *(_absent(x) for x in shared[-2:]))
-    return _filled(backward_pass(q, k, v, g, s, hk0, hv0, kept, do, dhkT, dhvT, cu_seqlens, scale), q)
+    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+    return _filled(backward_pass(plan, q, k, v, g, s, hk0, hv0, kept, do, dhkT, dhvT, scale), q)
 
 
 @attention_backward_op.register_fake
@@ -220,7 +229,8 @@ def linear_attention_op(
     want_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, hT, and what the backward needs."""
-    results, shared = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
+    plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
+    results, shared = linear_forward_pass(plan, q, k, v, g, h0, scale, want_final)
     return _filled((*results, *shared), q)
 
 
@@ -246,7 +256,8 @@ def linear_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and the initial state."""
     do, dhT = _contiguous(do, dhT)
-    return _filled(linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale), q)
+    plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
+    return _filled(linear_backward_pass(plan, q, k, v, g, h0, shared, do, dhT, scale), q)
 
 
 @linear_attention_backward_op.register_fake

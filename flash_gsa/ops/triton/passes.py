@@ -25,10 +25,9 @@ def forward_tensors(
     return (o, *final), (*plan.gate_tensors(g), p, lse, *plan.states(q, has_initial))
 
 
-def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: bool, keep: bool):
+def forward_pass(plan: Plan, q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool):
     """((o, hkT, hvT), what the backward needs); the last two of the latter are the states between chunks."""
-    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
-    given = (q, k, v, g, s, hk0, hv0, cu_seqlens)
+    given = (q, k, v, g, s, hk0, hv0, plan.cu_seqlens)
     ahead.rehearse(plan, (want_final, keep, hk0 is not None), given, partial(_rehearsal, scale, want_final, keep))
     strength = g if s is None else s
     results, shared = forward_tensors(plan, q, g, hk0 is not None, want_final, keep)
@@ -42,17 +41,17 @@ def forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: 
 
 def _rehearsal(scale: float, want_final: bool, keep: bool, q, k, v, g, s, hk0, hv0, cu_seqlens) -> None:
     """A forward and, with `keep`, a backward of tensors without memory."""
-    (o, hkT, hvT), shared = forward_pass(q, k, v, g, s, hk0, hv0, cu_seqlens, scale, want_final, keep)
+    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
+    (o, hkT, hvT), shared = forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, keep)
     if keep:
-        backward_pass(q, k, v, g, s, hk0, hv0, shared, o, hkT, hvT, cu_seqlens, scale)
+        backward_pass(plan, q, k, v, g, s, hk0, hv0, shared, o, hkT, hvT, scale)
 
 
-def context_forward_pass(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool, exchange):
+def context_forward_pass(plan: Plan, q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, keep: bool, exchange):
     """`forward_pass` of a stretch of sequences: results, what the backward needs, and the states before the stretch.
 
     exchange: from `flash_gsa.parallel.exchange`.
     """
-    plan = plan_for(q, k, v, g, s is not None, None)
     strength = g if s is None else s
     (o, *final), shared = forward_tensors(plan, q, g, True, True, keep)
     until, scaled, *_, hk, hv = shared
@@ -84,14 +83,13 @@ def _states(plan: Plan, q, k, v, scaled, until, hk0, hv0, hk, hv, final) -> None
 
 
 def backward_pass(
-    q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, cu_seqlens, scale: float, last_use: bool = False, exchange=None
+    plan: Plan, q, k, v, g, s, hk0, hv0, shared, do, dhkT, dhvT, scale: float, last_use: bool = False, exchange=None
 ):
     """Gradients of q, k, v, g, s and the initial states.
 
     The states in `shared` may be None: computed again. last_use: `shared` may be written over. exchange: as in
     `context_forward_pass`.
     """
-    plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
     strength = g if s is None else s
     *gates, p, lse, hk, hv = shared
     until, scaled, _ = gates
@@ -184,10 +182,9 @@ def linear_forward_tensors(
     return (o, final), (*plan.gate_tensors(g), plan.states(q, has_initial)[1])
 
 
-def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bool):
+def linear_forward_pass(plan: Plan, q, k, v, g, h0, scale: float, want_final: bool):
     """((o, hT), what the backward needs)."""
-    plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
-    given = (q, k, v, g, h0, cu_seqlens)
+    given = (q, k, v, g, h0, plan.cu_seqlens)
     keep = any(x is not None and x.requires_grad for x in given)
     ahead.rehearse(plan, (want_final, keep, h0 is not None), given, partial(_linear_rehearsal, scale, want_final, keep))
     (o, hT), shared = linear_forward_tensors(plan, q, g, h0 is not None, want_final)
@@ -206,14 +203,14 @@ def linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale: float, want_final: bo
 
 def _linear_rehearsal(scale: float, want_final: bool, keep: bool, q, k, v, g, h0, cu_seqlens) -> None:
     """`_rehearsal` of gated linear attention."""
-    (o, hT), shared = linear_forward_pass(q, k, v, g, h0, cu_seqlens, scale, want_final)
-    if keep:
-        linear_backward_pass(q, k, v, g, h0, shared, o, hT, cu_seqlens, scale)
-
-
-def linear_backward_pass(q, k, v, g, h0, shared, do, dhT, cu_seqlens, scale: float):
-    """Gradients of q, k, v, g and the initial state."""
     plan = plan_for(q, k, v, g, True, cu_seqlens, linear=True)
+    (o, hT), shared = linear_forward_pass(plan, q, k, v, g, h0, scale, want_final)
+    if keep:
+        linear_backward_pass(plan, q, k, v, g, h0, shared, o, hT, scale)
+
+
+def linear_backward_pass(plan: Plan, q, k, v, g, h0, shared, do, dhT, scale: float):
+    """Gradients of q, k, v, g and the initial state."""
     *gates, h = shared
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     read = torch.empty_like(q, dtype=plan.state_dtype)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gates, launching
+from .tables import parts_of
 from .tiles import Tile, choose, forced
 
 # Largest exponent of a gate factor: e^60 leaves float32 and bfloat16 room for the sums of its products.
@@ -62,6 +63,9 @@ class Parts:
         """The sequence of every part, and the first part of every sequence [S+1]."""
         if self.cu_seqlens is None:
             return None, None
+        if self.cu_seqlens.device.type != "cpu":
+            sequence, first = parts_of(self.cu_seqlens, self.span, self.beyond, self.count)
+            return sequence.to(device), first.to(device)
         lengths = self.cu_seqlens.diff()
         parts = (lengths + self.span - 1) // self.span
         parts = parts.clamp(min=1) if self.beyond is None else parts * (lengths > self.beyond)
