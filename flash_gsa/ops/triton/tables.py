@@ -36,7 +36,8 @@ def parts_of(cu_seqlens: Tensor, span: int, beyond: int | None, count: int) -> t
     return sequence, first
 
 
-@triton.jit
+# Compiled once for all numbers of sequences: whether one is 1 or a multiple of 16 helps none of them.
+@triton.jit(do_not_specialize=["sequences", "span", "beyond"])
 def first_parts(cu_seqlens, first, sequences, span, beyond, BEYOND: tl.constexpr, BLOCK: tl.constexpr):
     """first[n] = parts of the sequences before n, for n = 0 … sequences. One program."""
     tl.store(first, 0)
@@ -54,7 +55,7 @@ def first_parts(cu_seqlens, first, sequences, span, beyond, BEYOND: tl.constexpr
         before += tl.sum(parts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "count", "halvings"])
 def sequences_of_parts(first, sequence, sequences, count, halvings, BLOCK: tl.constexpr):
     """sequence[i] = the n with first[n] ≤ i < first[n+1]: how many of first[1 … sequences] are ≤ i."""
     part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
