@@ -93,11 +93,23 @@ def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
             f"operator and AdamW alone, with nothing between them, are {without:.0f} ms. In the run with the profile "
             f"all kernels together take {profile['kernel_milliseconds']:.0f} ms when phases run with rests between "
             f"them, and a whole step {1e3 * alone['seconds']:.0f}.",
+            *_power(ours),
             "Steps and the copy: " + told(result["about"]),
             "The profile: " + told(profiled["about"]),
             "The operator: " + told(operator["about"]),
         ]
     )
+
+
+def _power(record: Record) -> list[str]:
+    """Whether the card's power limit holds a step back, where watts and clocks were recorded."""
+    if (power := record.get("power")) is None:
+        return []
+    return [
+        f"During the steps measured the card drew {power['watts']:.0f} of the {power['limit_watts']:.0f} W that it "
+        f"may, at {power['sm_mhz']:,.0f} MHz of {power['most_sm_mhz']:,.0f}; in {power['power_capped']:.0%} of the "
+        "looks its power limit lowered the clock."
+    ]
 
 
 def _speed(result: Record) -> float:

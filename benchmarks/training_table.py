@@ -63,10 +63,13 @@ def _memory(result: Record) -> str:
 def _steps(result: Record) -> str:
     """A line for everyone at every length."""
     rows = []
-    for r in sorted((r for r in result["steps"] if not r["problem"]), key=lambda r: r["length"]):
+    shown = sorted((r for r in result["steps"] if not r["problem"]), key=lambda r: r["length"])
+    metered = any("power" in r for r in shown)
+    for r in shown:
         parts = [f"{1e3 * seconds:,.1f}" for seconds in r.get("parts", {}).values()] or ["–"] * 3
         shares = [f"{r[key]:.1%}" if key in r else "–" for key in ("mfu", "share_of_product")]
-        rows.append([f"{named(r)}, {r['rows']}×{r['length']}", *parts, f"{1e3 * r['seconds']:,.1f}", *shares])
+        power = _power(r) if metered else []
+        rows.append([f"{named(r)}, {r['rows']}×{r['length']}", *parts, f"{1e3 * r['seconds']:,.1f}", *shares, *power])
     heads = [
         "ms",
         "forward and loss",
@@ -75,8 +78,34 @@ def _steps(result: Record) -> str:
         "a step",
         "of the data sheet (MFU)",
         "of a product here",
+        *(POWER if metered else ()),
     ]
     return table(heads, rows) if rows else ""
+
+
+POWER = ("watts", "limited by power, % of the time", "MHz", "mJ a token")
+
+
+def _power(record: Record) -> list[str]:
+    """Cells for POWER: what the card draws of its limit, and at which clock."""
+    if (power := record.get("power")) is None:
+        return ["–"] * len(POWER)
+    tokens = record["rows"] * record["length"] * record["steps"]
+    return [
+        f"{power['watts']:.0f} of {power['limit_watts']:.0f}",
+        f"{100 * power['power_capped']:.0f}",
+        f"{power['sm_mhz']:,.0f} of {power['most_sm_mhz']:,.0f}",
+        f"{1e3 * power['joules'] / tokens:.1f}",
+    ]
+
+
+def _at_power(record: Record) -> str:
+    if (power := record.get("power")) is None:
+        return ""
+    return (
+        f", {power['sm_mhz']:,.0f} MHz and {power['watts']:.0f} of {power['limit_watts']:.0f} W, limited by power in "
+        f"{power['power_capped']:.0%} of the time"
+    )
 
 
 def _profile(record: Record) -> str:
@@ -108,7 +137,8 @@ def _sentences(result: Record) -> str:
         copied, product = ceilings["copy"]["bytes_per_second"], ceilings["product"]
         said.append(
             f"The device copies {copied / 1e9:,.0f} GB/s (read and written) and multiplies "
-            f"{product['dtype']} matrices of {product['size']}² at {product['flops_per_second'] / 1e12:.3g} TFLOP/s."
+            f"{product['dtype']} matrices of {product['size']}² at {product['flops_per_second'] / 1e12:.3g} TFLOP/s"
+            f"{_at_power(product)}."
         )
     failed = [r for r in result["steps"] if r["problem"] and not r["problem"].startswith("not run")]
     said += [f"{named(r)} at {r['rows']}×{r['length']}: {r['problem']}." for r in failed]

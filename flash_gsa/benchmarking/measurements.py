@@ -16,6 +16,7 @@ from flash_gsa.ops import backend_names
 from .about import about
 from .gate import full_size_errors, gradient_of_o, small_errors, with_gradients
 from .implementations import Implementation, Tensors, implementation, implementation_names, measured_dtype
+from .power import metered
 from .shapes import Shape
 from .timing import Stopwatch, captured
 from .tuning import compiled_in_parallel
@@ -70,8 +71,13 @@ def _copy(stopwatch: Stopwatch, size: int) -> dict[str, Any]:
 def _product(stopwatch: Stopwatch, size: int) -> dict[str, Any]:
     dtype = measured_dtype(stopwatch.device)
     a, b = (torch.randn(size, size, device=stopwatch.device).to(dtype) for _ in range(2))
-    cost = stopwatch.cost(lambda: a @ b)
-    about_it = {"size": size, "dtype": _dtype_name(dtype), "flops_per_second": 2 * size**3 / cost.seconds}
+    a @ b
+    synchronize(stopwatch.device)
+    with metered(stopwatch.device) as power:
+        cost = stopwatch.cost(lambda: a @ b)
+        synchronize(stopwatch.device)
+    about_it: dict[str, Any] = {"power": power} if power else {}
+    about_it |= {"size": size, "dtype": _dtype_name(dtype), "flops_per_second": 2 * size**3 / cost.seconds}
     return asdict(cost) | about_it
 
 

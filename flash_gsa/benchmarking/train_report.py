@@ -45,6 +45,8 @@ def told(part: str, record: Record) -> str:
         said += f", MFU {record['mfu']:.1%}"
     if "peak_bytes" in record:
         said += f", {gibibytes(record['peak_bytes'])} GiB"
+    if power := record.get("power"):
+        said += f", {power['watts']:.0f} of {power['limit_watts']:.0f} W at {power['sm_mhz']:,.0f} MHz"
     return f"{said}, first step {record['first_step_seconds']:.1f} s"
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .measurements import open_device, synchronize
+from .power import metered
 from .timing import captured
 from .train_models import SIZES, TRAINED, Size, Trained
 from .tuning import compiled_in_parallel
@@ -160,12 +161,16 @@ def measure_steps(device: str, job: Job, steps: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(place)
     clock = Clock(place)
     step = _whole(training, clock) if whole else lambda: training.step(clock.mark)
-    for _ in range(WARM_UP + steps):
+    for _ in range(WARM_UP):
         step()
     synchronize(place)
+    with metered(place) as power:
+        for _ in range(steps):
+            step()
+        synchronize(place)
     marks = 2 if whole else len(PARTS) + 1
     seconds = [clock.since(i * marks, marks) for i in range(WARM_UP, WARM_UP + steps)]
-    record |= _cost([sum(parts) for parts in seconds], job)
+    record |= _cost([sum(parts) for parts in seconds], job) | ({"power": power} if power else {})
     if not whole:
         record["parts"] = {name: statistics.median(p[i] for p in seconds) for i, name in enumerate(PARTS)}
     if on_gpu:

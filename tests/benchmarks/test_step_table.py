@@ -71,5 +71,10 @@ def test_the_floors_of_a_step_add_up():
     assert "alone, with nothing between them, are 141 ms" in text
     assert "together take 171 ms" in text
     assert "step 205." in text
+    assert "drew" not in text
+    power = {"watts": 690.0, "limit_watts": 700.0, "power_capped": 0.9, "sm_mhz": 1410, "most_sm_mhz": 1980}
+    steps = [step | {"power": power} for step in TRAINED["steps"]]
+    said = step_bounds(TRAINED | {"steps": steps}, PROFILED, OPERATOR)
+    assert "drew 690 of the 700 W that it may, at 1,410 MHz of 1,980; in 90% of the looks" in said
     for command in ("`bench train`", "`bench train with a profile`", "`bench op`"):
         assert command in text

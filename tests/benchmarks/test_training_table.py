@@ -22,3 +22,18 @@ def test_without_fla_nothing_is_compared(monkeypatch):
     text = training_summary(made_up_result(monkeypatch, MadeUpWorker(fla_wrong=True)))
     assert "times those" not in text
     assert "| 8×2048 | 65,536 | 81,920 | 43,691 | 65,536 | wrong |" in text
+
+
+def test_watts_and_clocks_where_somebody_has_them(monkeypatch):
+    result = made_up_result(monkeypatch)
+    assert "watts" not in training(result)
+    power = {"watts": 699.6, "limit_watts": 700.0, "power_capped": 0.96, "sm_mhz": 1410, "most_sm_mhz": 1980}
+    first = result["steps"][0]
+    assert first["length"] == 2048
+    first |= {"steps": 10, "power": power | {"joules": 16.384 * 100}}
+    result["ceilings"]["product"]["power"] = power
+    text = training(result)
+    assert "| watts | limited by power, % of the time | MHz | mJ a token |" in text
+    assert "| 52.4% | 65.5% | 700 of 700 | 96 | 1,410 of 1,980 | 10.0 |" in text
+    assert "| 65.5% | – | – | – | – |" in text.replace("81.9%", "65.5%")
+    assert "TFLOP/s, 1,410 MHz and 700 of 700 W, limited by power in 96% of the time." in text
