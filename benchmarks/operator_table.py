@@ -261,18 +261,26 @@ def _rate(record: dict[str, Any] | None, key: str) -> str:
 
 
 def _decoding(result: dict[str, Any]) -> str:
-    steps: dict[int, dict[str, dict[str, Any]]] = {}
+    steps: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for record in result["decoding"]:
         if _timed(record):
-            steps.setdefault(record["shape"]["B"], {})[record["implementation"]] = record
+            key = record["shape"]["name"], record.get("state", "float32"), record["shape"]["B"]
+            steps.setdefault(key, {})[record["implementation"]] = record
     if not steps:
         return ""
     names = [name for name in NAMES if any(name in records for records in steps.values())]
-    rows = [
-        [str(batch), *(f"{1e6 * records[n]['seconds']:,.1f}" if n in records else "–" for n in names)]
-        for batch, records in steps.items()
-    ]
-    return table(["µs, one decoding step of so many sequences", *(NAMES[name] for name in names)], rows)
+    speed = best["copy"]["bytes_per_second"] if (best := _timed(result["ceilings"])) else None
+    rows = []
+    for (layer, state, batch), records in steps.items():
+        row = [f"{layer}, states in {state}", str(batch)]
+        row += [f"{1e6 * records[n]['seconds']:,.1f}" if n in records else "–" for n in names]
+        if speed is not None:
+            least = 2 * next(iter(records.values()))["state_bytes"] / speed
+            row += [f"{1e6 * least:,.1f}", f"{records['auto']['seconds'] / least:.2f}" if "auto" in records else "–"]
+        rows.append(row)
+    header = ["µs, one decoding step", "sequences", *(NAMES[name] for name in names)]
+    header += [] if speed is None else ["states read and written", f"{NAMES['auto']}, times that"]
+    return table(header, rows)
 
 
 def _sentences(result: dict[str, Any]) -> str:

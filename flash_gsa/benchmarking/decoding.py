@@ -19,38 +19,45 @@ MOST_STEPS = 128
 
 
 def measure_decoding(
-    device: str, name: str, shape: Shape, budget: float, repeats: int, rotated_bytes: int
+    device: str, name: str, shape: Shape, state: str, budget: float, repeats: int, rotated_bytes: int
 ) -> dict[str, Any]:
     """One token of `shape.B` sequences by one implementation; "copy": the copy of their states instead.
 
     Args:
+        state: the format of states, "float32" or "bfloat16".
         rotated_bytes: states read and written by as many steps as make so many bytes, so that they come from memory
             and not from a cache.
     """
     place = open_device(device)
-    record: dict[str, Any] = {"state_bytes": shape.state_bytes}
-    steps = max(1, min(MOST_STEPS, rotated_bytes // (2 * shape.state_bytes)))
+    dtype: torch.dtype = getattr(torch, state)
+    state_bytes = dtype.itemsize * shape.state_numbers
+    record: dict[str, Any] = {"state_bytes": state_bytes}
+    steps = max(1, min(MOST_STEPS, rotated_bytes // (2 * state_bytes)))
+
+    def some_states() -> list[Tensor]:
+        return [torch.randn(shape.state_numbers, device=place, dtype=dtype) for _ in range(steps)]
+
     if name == "copy":
-        states, targets = ([torch.randn(shape.state_bytes // 4, device=place) for _ in range(steps)] for _ in range(2))
+        states, targets = some_states(), some_states()
 
         def run() -> Any:
-            for state, target in zip(states, targets, strict=True):
-                target.copy_(state)
+            for source, target in zip(states, targets, strict=True):
+                target.copy_(source)
 
     else:
         candidate = implementation(name)
         if reason := candidate.reason_against(shape, place):
             return record | {"problem": f"not run: {reason}"}
-        errors = _step_errors(candidate, replace(shape, B=2), place)
+        errors = _step_errors(candidate, replace(shape, B=2), place, dtype)
         record |= {"backend": candidate.backend(shape, place), "errors": errors.found}
         if errors.problem:
             return record | {"problem": f"wrong: {errors.problem}"}
-        states = [torch.randn(shape.state_bytes // 4, device=place) for _ in range(steps)]
+        states = some_states()
         x = candidate.inputs(shape, place)
 
         def run() -> Any:
             # The results are kept to the end, so that no two steps write to one place.
-            return [candidate.step(x, candidate.state(state, shape)) for state in states]
+            return [candidate.step(x, candidate.state(numbers, shape)) for numbers in states]
 
     with torch.no_grad():
         cost = Stopwatch(place, budget, repeats).cost(captured(run, place), flush=False)
@@ -58,9 +65,10 @@ def measure_decoding(
     return record | asdict(each)
 
 
-def _step_errors(candidate: Implementation, shape: Shape, device: torch.device) -> Errors:
+def _step_errors(candidate: Implementation, shape: Shape, device: torch.device, state: torch.dtype) -> Errors:
     x = candidate.inputs(shape, device)
-    start = torch.randn(shape.state_bytes // 4, generator=torch.Generator(device).manual_seed(2), device=device)
+    random = torch.Generator(device).manual_seed(2)
+    start = torch.randn(shape.state_numbers, generator=random, device=device, dtype=state)
     token = {name: y[:, 0] for name, y in x.items()}
 
     def define(dtype: torch.dtype) -> Tensors:

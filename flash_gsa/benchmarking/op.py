@@ -180,10 +180,12 @@ def plan(suite: Suite, options: Options, here: Result) -> Iterator[Task]:
             yield _task("layer", measure_layer, device, name, shape, operation, *how, operation=operation)
     if "decoding" in parts:
         names = tuple(n for n in options.peers or suite.decoding_implementations if n in here["decoders"])
-        for batch in suite.batches:
-            shape = replace(suite.decode, B=batch, T=1)
-            for name in ("copy", *names):
-                yield _task("decoding", measure_decoding, device, name, shape, *how, suite.rotated_bytes)
+        for decoding in suite.decodings:
+            for batch in decoding.batches:
+                shape = replace(decoding.shape, B=batch, T=1)
+                for name in ("copy", *(n for n in names if n != "fla" or decoding.state == "float32")):
+                    rest = (decoding.state, *how, suite.rotated_bytes)
+                    yield _task("decoding", measure_decoding, device, name, shape, *rest, state=decoding.state)
     if "lengths" in parts:
         for shape in suite.sweep_shapes():
             for name in _in_reach(options.peers or suite.sweep_implementations, shape, suite):
@@ -201,12 +203,11 @@ def _task(
     name: str,
     shape: Shape,
     *rest: Any,
-    operation: str | None = None,
+    **more: str,
 ) -> Task:
-    known = {"implementation": name, "shape": asdict(shape) | {"label": shape.label}, "problem": None}
-    if operation is not None:
-        known["operation"] = operation
-    title = f"{(operation or part).replace('_', ' ')} {shape.label} {name}"
+    known = {"implementation": name, "shape": asdict(shape) | {"label": shape.label}, "problem": None} | more
+    words = more.get("operation", part).replace("_", " "), shape.label, more.get("state"), name
+    title = " ".join(word for word in words if word)
     return Task(part, title, function, (device, name, shape, *rest), known)
 
 

@@ -119,9 +119,10 @@ def tables(result: Record) -> list["Table"]:
         made.append(_table(title, ["shape", "", "forward ms", "with backward", "× least", "MiB", "error"], rows))
     made += _layer_tables(ran(result["layer"]))
     steps = [
-        [str(r["shape"]["B"]), _short(r), verdict(r) or f"{1e6 * r['seconds']:,.1f}"] for r in ran(result["decoding"])
+        [r["shape"]["name"], r["state"], str(r["shape"]["B"]), _short(r), verdict(r) or f"{1e6 * r['seconds']:,.1f}"]
+        for r in ran(result["decoding"])
     ]
-    made.append(_table("One decoding step", ["sequences", "", "µs"], steps))
+    made.append(_table("One decoding step", ["layer", "state", "sequences", "", "µs"], steps))
     starts = [
         [_short(r), *([verdict(r)] if verdict(r) else [f"{r[k]['seconds']:.1f}" for k in ("first", "second")])]
         for r in ran(result["cold_start"])

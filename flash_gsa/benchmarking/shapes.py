@@ -1,4 +1,4 @@
-"""What is measured: shapes of the operator, lengths, batches of a decoding step, and the bytes nothing can avoid."""
+"""What is measured: shapes of the operator, lengths, decoding steps, and the bytes nothing can avoid."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -36,9 +36,9 @@ class Shape:
         return [0, *accumulate(self.lengths)] if self.lengths else None
 
     @property
-    def state_bytes(self) -> int:
-        """Both states of all heads and sequences, float32."""
-        return 4 * (len(self.lengths) or self.B) * self.H * self.M * (self.K + self.V)
+    def state_numbers(self) -> int:
+        """Of both states of all heads and sequences."""
+        return (len(self.lengths) or self.B) * self.H * self.M * (self.K + self.V)
 
     def forward_bytes(self, item: int) -> int:
         """q, k, v, g read once and o written once; `item` bytes a number, g in float32."""
@@ -61,6 +61,17 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """One token of each of several sequences, in `batches` of so many, by the layer of `shape`; `state`: the format of
+    states, which other packages have in float32 alone.
+    """
+
+    shape: Shape
+    batches: tuple[int, ...]
+    state: str = "float32"
+
+
+@dataclass(frozen=True)
 class Suite:
     """One choice of sizes.
 
@@ -68,10 +79,10 @@ class Suite:
     `most_tokens` holds up to where an implementation is timed that would take too long beyond, `families` the names of
     shapes at which one is timed, unless it is asked for.
     `sweep` gives the sizes for time against length: at `lengths` with one sequence, and with as many as make
-    `tokens`; our calls of up to `graph_tokens` are timed in a CUDA graph, too. `decode` gives those of a decoding step,
-    for `batches`, whose states are taken in turn from `rotated_bytes`. `implementations` are what is measured unless
-    named, where "backends" stands for every backend of the operator but the reference; `layer_implementations` are the
-    ways to run a layer; `sweep_implementations` those timed against length. `budget` is in seconds.
+    `tokens`; our calls of up to `graph_tokens` are timed in a CUDA graph, too. States of the decoding steps in
+    `decodings` are taken in turn from `rotated_bytes`. `implementations` are what is measured unless named, where
+    "backends" stands for every backend of the operator but the reference; `layer_implementations` are the ways to run a
+    layer; `sweep_implementations` those timed against length. `budget` is in seconds.
     """
 
     shapes: tuple[Shape, ...]
@@ -80,8 +91,7 @@ class Suite:
     lengths: tuple[int, ...]
     tokens: int
     graph_tokens: int
-    decode: Shape
-    batches: tuple[int, ...]
+    decodings: tuple[Decoding, ...]
     rotated_bytes: int
     cold_start: Shape
     copy_bytes: int
@@ -110,6 +120,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 
 
 _LAYER_1_3B = Shape("1.3B", 8, 2048, HQ=4, H=4, K=512, V=512, M=64)
+_LAYER_7B = Shape("7B", 4, 4096, HQ=32, H=8, K=128, V=128, M=64)
 _LAYER_340M = Shape("340M", 8, 2048, HQ=4, H=4, K=256, V=256, M=64)
 # 512 sequences of 1 to 63 tokens.
 _SHORT = tuple(1 + 17 * i % 63 for i in range(512))
@@ -122,7 +133,7 @@ SUITES = {
             _LAYER_1_3B,
             replace(_LAYER_1_3B, B=1, T=16384),
             replace(_LAYER_1_3B, B=1, T=65536),
-            Shape("7B", 4, 4096, HQ=32, H=8, K=128, V=128, M=64),
+            _LAYER_7B,
             _LAYER_340M,
             replace(_LAYER_1_3B, name="packed", B=1, T=sum(_SHORT), lengths=_SHORT),
         ),
@@ -131,8 +142,11 @@ SUITES = {
         lengths=_doubling(512, 512 * 1024),
         tokens=65536,
         graph_tokens=32768,
-        decode=_LAYER_1_3B,
-        batches=(1, 8, 64, 256),
+        decodings=tuple(
+            Decoding(shape, (1, 8, 64, 256, 1024), state)
+            for shape in (_LAYER_1_3B, _LAYER_7B)
+            for state in ("float32", "bfloat16")
+        ),
         rotated_bytes=2**28,
         cold_start=_LAYER_1_3B,
         copy_bytes=2**31,
@@ -158,8 +172,7 @@ SUITES = {
         lengths=_doubling(512, 8192),
         tokens=4096,
         graph_tokens=0,
-        decode=_SMALL,
-        batches=(1, 8, 64),
+        decodings=(Decoding(_SMALL, (1, 8, 64)),),
         rotated_bytes=2**26,
         cold_start=_SMALL,
         copy_bytes=2**28,
@@ -180,8 +193,7 @@ SUITES = {
         lengths=(32, 64),
         tokens=64,
         graph_tokens=64,
-        decode=_TINY,
-        batches=(1, 2),
+        decodings=(Decoding(_TINY, (1, 2)), Decoding(_TINY, (2,), "bfloat16")),
         rotated_bytes=2**15,
         cold_start=_TINY,
         copy_bytes=2**20,

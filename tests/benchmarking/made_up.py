@@ -68,7 +68,8 @@ class MadeUpWorker:
         errors = {"o": (0.002, 0.03)}
         if function is measure_decoding:
             time = 1e-6 * shape.B * SLOWNESS[name]
-            return {"backend": backend, "errors": errors, "state_bytes": shape.state_bytes} | cost(time)
+            state_bytes = {"float32": 4, "bfloat16": 2}[arguments[3]] * shape.state_numbers
+            return {"backend": backend, "errors": errors, "state_bytes": state_bytes} | cost(time)
         if name == "triton":
             return {"problem": "not run: it is what auto runs"}
         if shape.lengths and name.startswith("sdpa"):

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from flash_gsa.benchmarking import measurements, op
+from flash_gsa.benchmarking.decoding import measure_decoding
 from flash_gsa.benchmarking.op import Options, benchmark
-from flash_gsa.benchmarking.shapes import SUITES
+from flash_gsa.benchmarking.shapes import SUITES, Shape
 from flash_gsa.benchmarking.worker import TookTooLong
 from flash_gsa.errors import UsageError
 
@@ -43,7 +44,7 @@ def test_everything_is_measured_and_peers_that_tune_come_last():
     for part, expected in (
         ("shapes", 5 * 6 + 3 + 5),  # of packed sequences FLA is not asked
         ("layer", 3 * 4 + 2 * 7),
-        ("decoding", 4 * 3),
+        ("decoding", 2 * 5 * (3 + 2)),
         ("lengths", 18 * 3),
         ("cold_start", 1),
     ):
@@ -199,3 +200,18 @@ def test_mistakes_are_refused(options, words):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(UsageError, match="there is no device 'cuda:99' here"):
         measurements.open_device("cuda:99")
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_a_decoding_step_with_states_in_either_format(state):
+    shape = Shape("x", B=3, T=1, HQ=4, H=2, K=8, V=8, M=8)
+    copied, ours = (measure_decoding("cpu", name, shape, state, 0.01, 2, 2**14) for name in ("copy", "auto"))
+    assert "problem" not in ours
+    assert ours["errors"].keys() == {"o", "hk", "hv"}
+    size = {"float32": 4, "bfloat16": 2}[state]
+    assert copied["state_bytes"] == ours["state_bytes"] == size * 3 * 2 * 8 * 16
+    assert 0 < copied["low"] <= copied["seconds"]
+    assert 0 < ours["low"] <= ours["seconds"]
+    # What is not in the format of the state is not timed as if it were.
+    near = {"float32": 1e-6, "bfloat16": 4e-3}[state]
+    assert near / 100 < ours["errors"]["hk"][0] < near

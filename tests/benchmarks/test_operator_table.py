@@ -37,7 +37,11 @@ def test_times_memory_and_ratios(monkeypatch):
     assert by_name["340M-8x2048"][7] == "–"
     assert "softmax, flash at 7B-4x4096: failed: out of memory." in text
     assert "FLA at 340M-8x2048: wrong: dg is off by 2.0e-01" in text
-    assert by_name["64"][1:] == ["57.6", "64.0", "320.0"]
+    steps = {tuple(row[:2]): row[2:] for row in rest if "states in" in row[0]}
+    assert len(steps) == 2 * 2 * 5
+    # 64 sequences of 4 heads with 64 slots of 1024 numbers, read and written at 1 TB/s.
+    assert steps["1.3B, states in float32", "64"] == ["57.6", "64.0", "320.0", "134.2", "0.48"]
+    assert steps["1.3B, states in bfloat16", "64"] == ["57.6", "64.0", "–", "67.1", "0.95"]
     assert "takes 20 s with empty caches and 5 s with filled ones" in text
     assert "1,000 GB/s" in text
     assert text.splitlines()[-1].startswith("`flash-gsa bench op` · made-up GPU")
@@ -168,7 +172,8 @@ def test_lengths_without_graphs(monkeypatch):
 
 def test_parts_that_were_not_measured_are_left_out(monkeypatch):
     text = operator(made_up_result(monkeypatch, only=("decoding",)))
-    assert [row[0] for row in rows(text)][1:] == ["1", "8", "64", "256"]
+    assert rows(text)[0] == ["µs, one decoding step", "sequences", "copy of the state", "flash-gsa", "FLA"]
+    assert [row[:2] for row in rows(text)][1:3] == [["1.3B, states in float32", "1"], ["1.3B, states in float32", "8"]]
     assert "GB/s" not in text
     text = operator(made_up_result(monkeypatch, only=("shapes",), peers=("auto",)))
     assert rows(text)[0] == ["ms", "", "flash-gsa", "MiB, flash-gsa"]
