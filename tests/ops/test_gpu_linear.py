@@ -17,7 +17,6 @@ from .test_gpu_numerics import (
     BF16,
     DTYPES,
     FP32,
-    HALVES,
     KINDS,
     PACKED,
     assert_same_bits,
@@ -25,6 +24,7 @@ from .test_gpu_numerics import (
     poison_free_memory,
     sizes_up_to,
     strong,
+    units_of_strong_gates,
 )
 
 pytestmark = pytest.mark.gpu
@@ -56,13 +56,13 @@ def test_as_near_to_float64_as_plain_pytorch(gpu_backend, case, dtype):
     linear_verdict(run(gpu_backend, x, case), x, case)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strong_gates(gpu_backend, kind, dtype):
     x = inputs(MODEL, dtype)
     x["g"] = strong(kind, x["g"].cpu()).to(CUDA)
-    # A sum of gates near -60, rounded to float32, moves its exponential by 60 half units; a product takes two of them.
-    linear_verdict(run(gpu_backend, x, MODEL), x, MODEL, units=8 + 60, alike=kind in ALIKE)
+    units = units_of_strong_gates(gpu_backend, dtype)
+    linear_verdict(run(gpu_backend, x, MODEL), x, MODEL, units=units, alike=kind in ALIKE)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
@@ -86,6 +86,6 @@ def test_any_sizes_packing_and_gates(gpu_backend, dtype):
     def judged(data):
         case, x = linear.any_problem(data, 150, sizes_up_to(256), sizes_up_to(512))
         x = {name: tensor.to(CUDA) for name, tensor in rounded(x, dtype).items()}
-        linear_verdict(run(gpu_backend, x, case), x, case, units=8 + 60)
+        linear_verdict(run(gpu_backend, x, case), x, case, units=units_of_strong_gates(gpu_backend, dtype))
 
     judged()
