@@ -51,6 +51,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             patch.setattr(tables, "BLOCK", 16)
             compared(lengths, "cpu", torch.int64)
 
+    @pytest.mark.parametrize("final", [False, True])
+    def test_the_operator_with_tables_by_kernels_has_the_same_bits(final, monkeypatch):
+        case = Case(lengths=(0, 3, 200, 1, 0, 34), HQ=1, H=1, K=16, V=16, M=4)
+        x = {name: tensor.float().requires_grad_() for name, tensor in make(case).items()}
+        q, k, v, logits = (x[name] for name in "qkvg")
+
+        def results():
+            g, s, _ = abc.abc_gates(logits, None, case.cu_seqlens)
+            o, *states = library.attention(q, k, v, g, s, None, None, case.cu_seqlens, 1.0, final, False)
+            return o, *(states if final else ()), *torch.autograd.grad(o, (q, k, v, logits), v)
+
+        def by_kernels(self, device):
+            used.append(self.span)
+            return tables.parts_of(self.cu_seqlens, self.span, self.beyond, self.count)
+
+        used, expected = [], results()
+        monkeypatch.setattr(plan.Parts, "tables", by_kernels)
+        monkeypatch.setattr(plan, "_plans", {})
+        monkeypatch.setattr(abc, "_cuts", {})
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+        assert len(used) >= 3
+
     def test_one_plan_for_forward_and_backward(monkeypatch):
         case = Case(lengths=(0, 3, 20), HQ=1, H=1, K=16, V=16, M=4)
         x = {name: tensor.float().requires_grad_() for name, tensor in make(case).items()}
