@@ -30,7 +30,12 @@ class ShortConvolution(nn.Module):
         return f"{self.channels}, width={self.width}"
 
     def forward(
-        self, x: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        tail: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve x [B, T, D].
 
@@ -38,6 +43,7 @@ class ShortConvolution(nn.Module):
             tail: the last W-1 inputs of the piece before, [B, W-1, D]; None: as `sequences` says, zeros at the start
                 of a sequence.
             cu_seqlens: [S+1] boundaries of packed sequences; no tap reaches across one. Excludes `tail`.
+            attention_mask: [B, T], 0 for padding, where x is 0: what follows the last token is left out of the tail.
 
         Returns:
             y [B, T, D] and the tail for the next piece [B, W-1, D].
@@ -51,7 +57,16 @@ class ShortConvolution(nn.Module):
             y = F.conv1d(padded.transpose(1, 2), self.weight, groups=self.channels).transpose(1, 2)
         else:
             y = self._packed(padded, cu_seqlens)
-        return self.activation(y), padded[:, x.shape[1] :]
+        return self.activation(y), self._tail(padded, attention_mask)
+
+    def _tail(self, padded: Tensor, mask: Tensor | None) -> Tensor:
+        """The W-1 inputs up to the last token, in memory of its own: a cache would keep all of `padded` for a view."""
+        T = padded.shape[1] - self.width + 1
+        if mask is None or T == 0:
+            return padded[:, T:].clone()
+        end = (mask.bool() * torch.arange(1, T + 1, device=padded.device)).amax(dim=1)
+        at = end[:, None] + torch.arange(self.width - 1, device=padded.device)
+        return padded.take_along_dim(at[..., None], dim=1)
 
     def _packed(self, padded: Tensor, cu_seqlens: Tensor) -> Tensor:
         T = padded.shape[1] - self.width + 1

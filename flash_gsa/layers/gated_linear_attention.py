@@ -73,7 +73,7 @@ class GatedLinearAttention(LinearAttentionMixer):
 
     def project(self, x, *, attention_mask=None, cu_seqlens=None, past=None, carry=None):
         x = without_padding(x, attention_mask)
-        q, k, v = self._convolved(self._projected(x, "q", "k", "v"), cu_seqlens, past, carry)
+        q, k, v = self._convolved(self._projected(x, "q", "k", "v"), attention_mask, cu_seqlens, past, carry)
         q, k, v = self.feature_map(self._queries(q)), self.feature_map(self._keys(k)), self._values(v)
         g = F.logsigmoid(widened(self._keys(self.gk_proj(x)))) / self.gate_logit_normalizer
         return q, without_padding(k, attention_mask), v, without_padding(g, attention_mask)

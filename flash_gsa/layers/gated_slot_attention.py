@@ -225,9 +225,10 @@ class GatedSlotAttention(nn.Module):
         logits = self._gate_logits(k, *f)
         if self.use_short_conv:
             tails = (None, None, None) if past is None else past["conv"]
-            q, q_tail = self.q_conv1d(q, tail=tails[0], cu_seqlens=cu_seqlens)
-            k, k_tail = self.k_conv1d(k, tail=tails[1], cu_seqlens=cu_seqlens)
-            v, v_tail = self.v_conv1d(v, tail=tails[2], cu_seqlens=cu_seqlens)
+            known = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+            q, q_tail = self.q_conv1d(q, tail=tails[0], **known)
+            k, k_tail = self.k_conv1d(k, tail=tails[1], **known)
+            v, v_tail = self.v_conv1d(v, tail=tails[2], **known)
             carry["conv"] = (q_tail, k_tail, v_tail)
 
         q = q.unflatten(-1, (self.num_heads, self.head_k_dim))

@@ -64,7 +64,7 @@ class HGRN2(LinearAttentionMixer):
 
     def project(self, x, *, attention_mask=None, cu_seqlens=None, past=None, carry=None, lower_bound=None):
         x = without_padding(x, attention_mask)
-        q, f, i = self._convolved(self._projected(x, "q", "f", "i"), cu_seqlens, past, carry)
+        q, f, i = self._convolved(self._projected(x, "q", "f", "i"), attention_mask, cu_seqlens, past, carry)
         g, k = gates(widened(f), lower_bound)
         g, k = without_padding(self._keys(g), attention_mask), without_padding(self._keys(k), attention_mask)
         return self.feature_map(self._queries(q)), k.to(i.dtype), self._values(i), g

@@ -148,7 +148,9 @@ class LinearAttentionMixer(nn.Module):
         maps = (getattr(self, f"{name}_proj") for name in names)
         return dict(zip(names, projections(x, *maps), strict=True))
 
-    def _convolved(self, inputs: dict[str, Tensor], cu_seqlens, past, carry: dict[str, Any] | None) -> list[Tensor]:
+    def _convolved(
+        self, inputs: dict[str, Tensor], attention_mask, cu_seqlens, past, carry: dict[str, Any] | None
+    ) -> list[Tensor]:
         """Each named projection [B, T, D] through its convolution `<name>_conv1d`, if the mixer has convolutions."""
         if not self.use_short_conv:
             return list(inputs.values())
@@ -156,7 +158,7 @@ class LinearAttentionMixer(nn.Module):
         outputs, new_tails = [], []
         for (name, projected), tail in zip(inputs.items(), tails, strict=True):
             convolution: ShortConvolution = getattr(self, f"{name}_conv1d")
-            y, new_tail = convolution(projected, tail=tail, cu_seqlens=cu_seqlens)
+            y, new_tail = convolution(projected, tail=tail, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
             outputs.append(y)
             new_tails.append(new_tail)
         if carry is not None:

@@ -75,7 +75,7 @@ class MultiScaleRetention(LinearAttentionMixer):
 
     def project(self, x, *, attention_mask=None, cu_seqlens=None, past=None, carry=None):
         x = without_padding(x, attention_mask)
-        q, k, v = self._convolved(self._projected(x, "q", "k", "v"), cu_seqlens, past, carry)
+        q, k, v = self._convolved(self._projected(x, "q", "k", "v"), attention_mask, cu_seqlens, past, carry)
         q, k, v = self.feature_map(self._queries(q)), self.feature_map(self._keys(k)), self._values(v)
 
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

@@ -8,7 +8,6 @@ have one, `waves[i]` of them. A batch [B, T] and packed sequences differ only in
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Shorter chunks meet the strong-gate rows more rarely (a trained slot that always forgets has gates around -1) and
 # cost little more: 32 and 64 take the same time on a CPU.
@@ -98,7 +97,6 @@ class _Permute(torch.autograd.Function):
         return x.index_select(0, gather)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (scatter,) = ctx.saved_tensors
         return F.pad(grad.index_select(0, scatter), (0, 0, 0, 0, 0, 1)), None, None

@@ -13,7 +13,6 @@ The channels are the slots of gated slot attention, or the key dimension of gate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # e^60 is about 1e26: products with q·k and sums over a chunk stay far inside float32 (3e38).
@@ -169,16 +168,36 @@ class _Scan(torch.autograd.Function):
         return before, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_before, grad_final):
         decay, before = ctx.saved_tensors
-        grad_update = torch.empty_like(before)
+        grad_update, grad_initial = _ScanBackward.apply(decay, grad_before, grad_final, ctx.waves)
+        return (grad_update * before).sum(dim=-1), grad_update, grad_initial, None
+
+
+class _ScanBackward(torch.autograd.Function):
+    """The gradient of `_Scan`, the same scan backwards in time: R ← d ∘ R + B from the last chunk to the first.
+
+    B [n, H, M, D] is the gradient of the states before the chunks, R begins with that of the states after the last
+    [N, H, M, D]. Gives R before every chunk, which is the gradient of its update, and at the end. Linear in B and R, so
+    that its own gradient is a scan forwards.
+    """
+
+    @staticmethod
+    def forward(ctx, decay, grad_before, grad_final, waves):
+        grad_update = torch.empty_like(grad_before)
         grad = grad_final.clone()
-        end = before.shape[0]
-        for wave in reversed(ctx.waves):
+        end = grad_before.shape[0]
+        for wave in reversed(waves):
             start = end - wave
             grad_update[start:end] = grad[:wave]
             torch.addcmul(grad_before[start:end], decay[start:end, :, :, None], grad_update[start:end], out=grad[:wave])
             end = start
-        grad_decay = (grad_update * before).sum(dim=-1)
-        return grad_decay, grad_update, grad, None
+        ctx.save_for_backward(decay, grad_update)
+        ctx.waves = waves
+        return grad_update, grad
+
+    @staticmethod
+    def backward(ctx, wanted_update, wanted_initial):
+        decay, grad_update = ctx.saved_tensors
+        of_before, of_final = _Scan.apply(decay, wanted_update, wanted_initial, ctx.waves)
+        return (grad_update * of_before).sum(dim=-1), of_before, of_final, None

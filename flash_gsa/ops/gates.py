@@ -102,7 +102,7 @@ def _running(logits: Tensor, z0: Tensor | None, cu_seqlens: Tensor | None) -> tu
     z0 = torch.where(z0 == NOTHING, z0.detach(), z0)
     if cu_seqlens is None:
         z = torch.cat([z0[:, None], logits], dim=1).logcumsumexp(dim=1)
-        return z[:, :-1], z[:, -1]
+        return z[:, :-1], z[:, -1].clone()  # which a cache may hold, without all of z
     if T == 0:
         return logits, z0
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import pointwise
+from .once import once_differentiable
 from .products import as_autocast, product
 from .triton.available import runs_on
 

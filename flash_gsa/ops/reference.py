@@ -41,7 +41,7 @@ def reference_step(q, k, v, g, s, state: State, scale: float, in_place: bool = F
     hv = hv * decay[..., :, None] + s[..., :, None] * v.to(dtype)[..., None, :]
     grouped = q.to(dtype).reshape(B, H, HQ // H, K) * scale
     p = torch.softmax(grouped @ hk, dim=-1)
-    o = (p @ hv).reshape(B, HQ, -1).to(q.dtype)
+    o = (p @ hv).reshape(B, HQ, hv.shape[-1]).to(q.dtype)
     if in_place:
         return o, (state[0].copy_(hk), state[1].copy_(hv))
     return o, (hk.to(state[0].dtype), hv.to(state[1].dtype))

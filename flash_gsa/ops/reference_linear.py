@@ -23,7 +23,7 @@ def reference_linear_step(q, k, v, g, state: Tensor, scale: float) -> tuple[Tens
     H = k.shape[1]
     state = state * g.to(dtype).exp()[..., None] + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
     grouped = q.to(dtype).reshape(B, H, HQ // H, K) * scale
-    return (grouped @ state).reshape(B, HQ, -1).to(q.dtype), state
+    return (grouped @ state).reshape(B, HQ, state.shape[-1]).to(q.dtype), state
 
 
 def reference_linear_forward(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):

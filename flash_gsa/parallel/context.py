@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
 from ..ops import gated_linear_attention, gated_slot_attention
 from ..ops.api import own_precision
+from ..ops.once import once_differentiable
 from ..ops.registry import Problem, State, select
 from ..ops.validation import check_linear_sequence, check_policy, check_sequence, state_dtype
 from .exchange import Exchange, Gather, Group, Part, Tied, part_of, place, summed

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
+from ..ops.once import once_differentiable
 from ..ops.registry import State
 from ..ops.validation import check_cu_seqlens
 

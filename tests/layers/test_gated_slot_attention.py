@@ -179,6 +179,22 @@ def test_padding_changes_nothing(options, side):
     assert mixer(loud, attention_mask=mask.bool()).isfinite().all()
 
 
+@pytest.mark.parametrize("padding", [slice(0, 11), slice(29, 40), slice(1, 40), slice(0, 40)], ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=name_of)
+def test_going_on_after_padding(options, padding):
+    mixer, x, cache = layer(**options), inputs(), {}
+    mask = torch.ones(2, 50)
+    mask[1, 10:][padding] = 0
+    mixer(x[:, :10], cache=cache)
+    mixer(x[:, 10:50], attention_mask=mask[:, 10:], cache=cache)
+    later = mixer(x[:, 50:], cache=cache)
+    torch.testing.assert_close(later[:1], mixer(x[:1])[:, 50:], **CLOSE)
+    real = torch.cat([mask[1].bool(), torch.ones(20, dtype=torch.bool)])
+    if options.get("use_short_conv") and padding == slice(0, 11):
+        return  # a convolution counts positions: padding inside is not nothing to it
+    torch.testing.assert_close(later[1:], mixer(x[1:, real])[:, -20:], **CLOSE)
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=name_of)
 def test_going_on_after_left_padding(options):
     mixer, x, cache = layer(**options), inputs(), {}
@@ -187,6 +203,16 @@ def test_going_on_after_left_padding(options):
     mixer(x[:, :40], attention_mask=mask, cache=cache)
     later = mixer(x[:, 40:], cache=cache)
     torch.testing.assert_close(later[1:], mixer(x[1:, 11:])[:, 29:], **CLOSE)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=name_of)
+def test_what_is_carried_on_takes_no_more_memory_than_it_says(options):
+    mixer, cache = layer(**options), {}
+    with torch.no_grad():
+        mixer(inputs(), cache=cache)
+    entry = cache[0]
+    parts = [*entry["state"], *entry.get("conv", ()), *([entry["normalizer"]] if "normalizer" in entry else [])]
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
 
 
 @pytest.mark.parametrize("options", [{}, {"gating": "abc"}], ids=name_of)

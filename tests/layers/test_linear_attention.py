@@ -98,6 +98,23 @@ def test_going_on_after_left_padding(kind, options, later):
     mixer(x[:, :40], attention_mask=mask, cache=cache, **more)
     y = mixer(x[:, 40 : 40 + later], cache=cache, **more)
     torch.testing.assert_close(y[1:], mixer(x[1:, 11:], **more)[:, 29 : 29 + later], **CLOSE)
+    tails = cache[0].get("conv", ())
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in (*tails, cache[0]["state"]))
+
+
+@each
+@pytest.mark.parametrize("later", [1, 30])
+def test_going_on_after_right_padding(kind, options, later):
+    if kind == "retnet":
+        pytest.skip("rotations count positions, padding too")
+    mixer, x, cache = layer(kind, **options), inputs(), {}
+    more = extra(kind, mixer)
+    mask = torch.ones(2, 40)
+    mask[1, 29:] = 0
+    mixer(x[:, :40], attention_mask=mask, cache=cache, **more)
+    y = mixer(x[:, 40 : 40 + later], cache=cache, **more)
+    real = torch.cat([mask[1].bool(), torch.ones(later, dtype=torch.bool)])
+    torch.testing.assert_close(y[1:], mixer(x[1:, : 40 + later][:, real], **more)[:, 29:], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ..once import once_differentiable
 from .chunks import locate
 from .launching import run
 from .plan import Parts, cdiv, kept

@@ -7,6 +7,7 @@ launches that it cannot look into. An operator cannot return None: an absent res
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from .passes import (
     backward_pass,
     context_forward_pass,
@@ -67,7 +68,7 @@ class _Attention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, do, dhkT, dhvT):
         q, k, v, g, s, hk0, hv0, _, *shared = ctx.saved_tensors
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
@@ -87,7 +88,7 @@ class _ContextAttention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, do, dhkT, dhvT):
         q, k, v, g, s, hk0, hv0, *shared = ctx.saved_tensors
         do, dhkT, dhvT = _contiguous(do, dhkT, dhvT)
@@ -106,7 +107,7 @@ class _LinearAttention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, do, dhT):
         q, k, v, g, h0, _, *shared = ctx.saved_tensors
         do, dhT = _contiguous(do, dhT)

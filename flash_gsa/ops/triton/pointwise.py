@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ..once import once_differentiable
 from ..products import product_dtype
 from .launching import run
 from .plan import cdiv
