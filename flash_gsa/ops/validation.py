@@ -221,13 +221,48 @@ def _check_in_place(state, inputs) -> None:
             raise UsageError(
                 f"in_place=True overwrites state's {part}, which requires grad; give its .detach(), or in_place=False"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        if _meets_itself(x):
             raise UsageError(
-                f"in_place=True overwrites state's {part}, whose elements share memory (strides {list(x.stride())}: "
-                "it was expanded); give its .contiguous(), or in_place=False"
+                f"in_place=True overwrites state's {part}, whose elements share memory (strides {list(x.stride())}); "
+                "give its .contiguous(), or in_place=False"
             )
+    if not torch.compiler.is_compiling() and _meet(*state):
+        raise UsageError(
+            "in_place=True overwrites both parts of the state, hk and hv, which lie in the same memory; give one of "
+            "them as its .clone(), or in_place=False"
+        )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise UsageError(
             "in_place=True has no gradient, but an input requires grad; call it under torch.no_grad() or "
             "torch.inference_mode(), or give in_place=False"
         )
+
+
+def _meets_itself(x: Tensor) -> bool:
+    """Whether elements lie in one place, as those of an expanded tensor do."""
+    steps = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if torch.compiler.is_compiling():  # which would have to be compiled again wherever sizes change the order
+        return any(stride == 0 for stride, _ in steps)
+    reach = 1
+    for stride, size in sorted(steps):
+        if stride < reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def _meet(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors share an element, if one of them fills its memory; else whether they begin in one place."""
+    if x.numel() == 0 or y.numel() == 0 or x.is_meta or y.is_meta:
+        return False
+    first, second = ((t.data_ptr(), t.data_ptr() + t.element_size() * _reach(t)) for t in (x, y))
+    for one, (begin, end), (other, last) in ((x, first, second), (y, second, first)):
+        there = other < end and begin < last and (begin <= other or last <= end)
+        if there and _reach(one) == one.numel():
+            return True
+    return first[0] == second[0]
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

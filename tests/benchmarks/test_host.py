@@ -24,9 +24,9 @@ def test_a_result_with_every_time(quickly, tmp_path, capsys):
     assert torch.get_num_threads() == threads
     result = json.loads((tmp_path / "host.json").read_text())
     assert result["launches"] == 8  # prepare, two of a forward, five of a backward
-    assert len(result["microseconds"]) == 6
+    assert len(result["microseconds"]) == 7
     assert all(value > 0 for value in result["microseconds"].values())
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 7
     shown = render.host(result)
     assert all(f"| {name} | {value:.1f} |" in shown for name, value in result["microseconds"].items())
 
@@ -41,7 +41,18 @@ def test_nothing_idle_is_left_behind():
         assert len(launched) == 3 + 6  # the forward that keeps something has another `outputs`
     assert (launching._compile, ahead.INTERPRETED, triton.runtime.driver._active) == BEFORE
     assert not plan._plans
-    assert launching.variant.cache_info().currsize == 0
+    assert launching.variant.cache_info().currsize == plan.variants.cache_info().currsize == 0
+
+
+def test_boundaries_as_if_on_the_device():
+    packed = torch.tensor([0, 100, 256], dtype=torch.int32)
+    with host.idle_launches() as launched, host.as_on_the_device():
+        _, both = host.operator()
+        both(packed)
+        both(packed)
+    assert launched.count("prepare") == 1
+    assert launched.count("first_parts") == 2  # for chunks, which all sequences have, and for what is walked
+    assert launched[:3] == ["first_parts", "sequences_of_parts", "prepare"]
 
 
 def test_a_launch_is_quicker_unwatched_and_does_the_same():

@@ -47,6 +47,14 @@ def test_whatever_differs_has_a_plan_of_its_own(change):
     assert fresh.constants | {"PACKED": False} == other.constants
 
 
+def test_plans_of_other_boundaries_find_what_was_launched():
+    """To look for a compiled kernel takes the host as long as to launch three."""
+    first = plan_of(B=1, cu_seqlens=torch.tensor([0, 30, 70]))
+    assert plan_of(B=1, cu_seqlens=torch.tensor([0, 31, 70]))._variants is first._variants
+    assert plan_of(B=1)._variants is not first._variants
+    assert plan_of(B=1, cu_seqlens=torch.tensor([0, 30, 70]), has_s=True)._variants is not first._variants
+
+
 def test_other_tiles_have_a_plan_of_their_own():
     first = plan_of()
     with tiles.using(replace(first.tiles, C=first.tiles.BT)):

@@ -113,6 +113,23 @@ def test_in_place_is_refused_where_a_gradient_is_wanted():
 def test_in_place_is_refused_for_a_state_that_shares_memory():
     _, (hk, hv), _ = one_token()
     refused(r"overwrites state's hk, whose elements share memory", state=(hk[:1].expand_as(hk), hv), in_place=True)
+    sizes, flat = hk.shape, torch.zeros(2 * hk.numel())
+    close = torch.as_strided(flat, sizes, (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3] - 1, 1))
+    refused(r"overwrites state's hk, whose elements share memory", state=(close, hv), in_place=True)
+    together = flat[: hk.numel()].view_as(hk)
+    for begin in (0, 1, hk.numel() - 1):
+        other = torch.as_strided(flat, hv.shape, hv.contiguous().stride(), begin)
+        refused("both parts of the state, hk and hv, .* in the same memory", state=(together, other), in_place=True)
+
+
+def test_in_place_with_states_side_by_side_in_one_tensor():
+    token, (hk, hv), _ = one_token()
+    both = torch.zeros(*hk.shape[:2], hk.shape[2] + hv.shape[3], hk.shape[3])
+    side = both[:, :, : hk.shape[2]].copy_(hk), both[:, :, hk.shape[2] :].transpose(2, 3).copy_(hv)
+    o, state = gated_slot_attention_step(*token, state=side, in_place=True)
+    expected, wanted = gated_slot_attention_step(*token, state=(hk, hv))
+    assert torch.equal(o, expected)
+    assert all(torch.equal(a, b) for a, b in zip(state, wanted, strict=True))
 
 
 def test_both_parts_of_a_state_are_bfloat16_or_none():

@@ -143,6 +143,45 @@ def test_equal_logits_are_the_running_mean(device, span, taken):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("segments", [0.2, 1, 2.4])
+def test_logits_of_minus_infinity_write_nothing(device, segments, span, taken):
+    nothing, T = 1 + int(segments * span), 4 * span
+    logits = torch.zeros(1, T, 1, 2, device=device)
+    logits[:, :nothing, :, 0] = NOTHING
+    logits[:, nothing + 2, :, 1] = NOTHING  # between others
+    g, s, z = abc_gates(logits, output_final_normalizer=True)
+    assert taken
+    n = (torch.arange(T, device=device) - nothing + 1).clamp(min=1).float()
+    torch.testing.assert_close(s[0, :, 0, 0], 1 / n, rtol=16 * EPS, atol=0)
+    assert (g[0, : nothing + 1, 0, 0] == 0).all()
+    torch.testing.assert_close(g[0, nothing + 1 :, 0, 0], torch.log1p(-1 / n[nothing + 1 :]), rtol=16 * EPS, atol=0)
+    assert (g[0, nothing + 2, 0, 1], s[0, nothing + 2, 0, 1]) == (0, 0)
+    torch.testing.assert_close(z[0, 0].exp(), torch.tensor([T - nothing, T - 1.0], device=device), rtol=1e-5, atol=0)
+    _, _, none = abc_gates(torch.full((1, T, 1, 1), NOTHING, device=device), output_final_normalizer=True)
+    assert none.item() == NOTHING
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("at", [0, 3, 1.5, 3.9])
+def test_nan_is_not_taken_for_nothing(device, at, span, taken):
+    """Gates that are finite in its place would hide from a training run what became of its model."""
+    T, t = 4 * span, int(at * span) if isinstance(at, float) else at
+    logits = normal(1, T, 1, 2, device=device)
+    clean = abc_gates(logits)
+    logits[:, t, :, 0] = float("nan")
+    logits.requires_grad_()
+    g, s, z = abc_gates(logits, output_final_normalizer=True)
+    assert taken
+    assert g[0, t + 1 :, 0, 0].isnan().all()
+    assert s[0, t + 1 :, 0, 0].isnan().all()
+    assert z[0, 0, 0].isnan()
+    assert torch.equal(g[..., 1], clean[0][..., 1])
+    assert torch.equal(s[0, :t], clean[1][0, :t])
+    (dl,) = torch.autograd.grad(g.sum() + s.sum(), logits)
+    assert dl[..., 0].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["rising", "falling", "jumps", "spike", "padding"])
 def test_huge_logits_cost_no_digits(device, kind, span, taken):
     """Unlike a normalizer near 10⁴, which as one float32 is good to half a thousandth."""

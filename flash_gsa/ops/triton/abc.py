@@ -58,6 +58,12 @@ def load_row(x, row, length, oc, other, C: tl.constexpr):
     return tl.load(x + row * C + oc, mask=oc < tl.where(row < length, C, 0), other=other).to(tl.float32)
 
 
+@triton.jit
+def subtracted(largest):
+    """The largest logit, to be taken from others: 0 for -inf, of which nothing can be taken."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
 @triton.jit(do_not_specialize=["T", "sequences", "span"])
 def sum_segments(
     logits, largest, total, cu_seqlens, segment_sequence, first_segment, T, sequences, span,
@@ -81,7 +87,8 @@ def sum_segments(
         here = (start + rows < length)[:, None] & inside[None, :]
         x = tl.load(logits + at, mask=here, other=float("-inf")).to(tl.float32)
         grown = tl.maximum(m, tl.max(x, axis=0))
-        c = c * tl.exp(m - grown) + tl.sum(tl.exp(x - grown[None, :]), axis=0)
+        by = subtracted(grown)
+        c = c * tl.exp(m - by) + tl.sum(tl.exp(x - by[None, :]), axis=0)
         m = grown
     at = segment.to(tl.int64) * C + oc
     tl.store(largest + at, m, mask=inside)
@@ -118,7 +125,8 @@ def abc_forward(
             x = tl.load(largest + at, mask=here, other=float("-inf"))
             parts = tl.load(total + at, mask=here, other=0.0)
             grown = tl.maximum(m, tl.max(x, axis=0))
-            c = c * tl.exp(m - grown) + tl.sum(parts * tl.exp(x - grown[None, :]), axis=0)
+            by = subtracted(grown)
+            c = c * tl.exp(m - by) + tl.sum(parts * tl.exp(x - by[None, :]), axis=0)
             m = grown
 
     logits, g, s = logits + token * C, g + token * C, s + token * C
@@ -130,16 +138,17 @@ def abc_forward(
         tl.debug_barrier()
         for i in tl.static_range(ROWS):
             x = tokens[i]
-            old = c > 0
+            old = c != 0  # true of NaN, which must not pass for nothing
             margin = tl.where(old, (x - m) - tl.log(tl.where(old, c, 1.0)), 0.0)
             at, here = (start + i) * C + oc, oc < tl.where(start + i < length, C, 0)
             tl.store(g + at, tl.where(old, log_sigmoid(-margin), 0.0), mask=here)
             tl.store(s + at, tl.where(old, sigmoid(margin), 1.0), mask=here)
             grown = tl.maximum(m, x)
-            c = c * tl.exp(m - grown) + tl.exp(x - grown)
+            by = subtracted(grown)
+            c = c * tl.exp(m - by) + tl.exp(x - by)
             m = grown
     if remaining <= span:
-        z = tl.where(c > 0, m + tl.log(tl.where(c > 0, c, 1.0)), float("-inf"))
+        z = tl.where(c != 0, m + tl.log(tl.where(c != 0, c, 1.0)), float("-inf"))
         tl.store(final + n.to(tl.int64) * C + oc, z, mask=inside)
 
 

@@ -102,7 +102,6 @@ class Plan:
         # Slots of one program of a kernel over gates. Preparing those of the 1.3B layer: 26 µs, by 64 32, by 16 30.
         self.slice = min(32, BM)
         self.slot_slices = cdiv(self.M, self.slice)
-        self._variants: dict[tuple, launching.Variant] = {}
         self.rehearsed: set[tuple[bool, ...]] = set()  # see `ahead`
         self.constants = {
             "H": self.H,
@@ -122,6 +121,7 @@ class Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
+        self._variants = variants(*self.constants.values())
 
     @functools.cached_property
     def segment_chunks(self) -> int:
@@ -263,6 +263,12 @@ class Plan:
             options["maxnreg"] = tile.registers
         pairs = frozenset((own | constants).items()), tile.warps, tile.stages, frozenset(options.items())
         return launching.variant(kernel, *pairs)
+
+
+@functools.cache
+def variants(*constants) -> dict[tuple, launching.Variant]:
+    """What plans with these constants have launched, by what is told at a launch."""
+    return {}
 
 
 def plan_for(q, k, v, g, has_s: bool, cu_seqlens: Tensor | None, linear: bool = False) -> Plan:
