@@ -86,9 +86,12 @@ class _Differences:
     """Σ with the weights w_j e^{G_t-G_j}, exact for any gates: nothing larger than w_j is ever formed.
 
     Rows are taken in blocks that begin at some b. For columns before b the exponent is split there,
-    G_t - G_j = (G_t - G_{b-1}) + (G_{b-1} - G_j), both parts ≤ 0, and the sum is a matrix product; inside the block
+    G_t - G_j = (G_t - G_{b-1}) + (G_{b-1} - G_j), both parts ≤ 0, and the sum is a product of two factors; inside the block
     weights are formed one by one, [BLOCK, BLOCK, M] numbers. Every exponent is summed from the gates between its
     ends, so no large numbers cancel. Blocks are checkpointed: the backward forms their weights again.
+
+    How many chunks there are depends on later tokens' gates, and the order in which a matrix product of a library adds
+    up may depend on how many it does at once. So sums are plain sums here, in an order of their own.
     """
 
     BLOCK = 8
@@ -100,9 +103,9 @@ class _Differences:
         """Σ_j near_tj w_j e^{G_t-G_j}: [n, H, R, C, C] → [n, H, R, C, M]."""
 
         def block(x, inner, row, column):
-            inside = torch.einsum("nhrtj,nhtjm->nhrtm", x[..., -inner.shape[3] :], inner)
-            earlier = x[..., : column.shape[2]]
-            return inside + row[:, :, None] * (earlier @ column[:, :, None])
+            inside = (x[..., -inner.shape[3] :, None] * inner[:, :, None]).sum(-2)
+            earlier = x[..., : column.shape[2], None] * column[:, :, None, None]
+            return inside + row[:, :, None] * earlier.sum(-2)
 
         return torch.cat(self._by_blocks(lambda a, b: near[..., a:b, :b], block), dim=3)
 
@@ -111,8 +114,8 @@ class _Differences:
         C = self.g.shape[2]
 
         def block(x, inner, row, column):
-            inside = torch.einsum("nhrtm,nhtjm->nhrtj", x, inner)
-            earlier = (x * row[:, :, None]) @ column[:, :, None].transpose(3, 4)
+            inside = (x[..., None, :] * inner[:, :, None]).sum(-1)
+            earlier = ((x * row[:, :, None])[..., None, :] * column[:, :, None, None]).sum(-1)
             return F.pad(torch.cat([earlier, inside], dim=-1), (0, C - earlier.shape[-1] - inside.shape[-1]))
 
         return torch.cat(self._by_blocks(lambda a, b: p[..., a:b, :], block), dim=3)

@@ -99,6 +99,21 @@ def test_boundaries_may_be_of_either_integer_type_and_on_the_device(backend, dev
     assert torch.equal(o, again)
 
 
+@pytest.mark.parametrize("H", [1, 2, 4])
+def test_how_many_chunks_are_strong_changes_no_bit_of_them(backend, device, H):
+    """A matrix product for one of them may add up in another order than a product for two."""
+    case = Case(T=33, B=1, HQ=H, H=H, K=16, V=16, M=32)
+    for seed in range(5):
+        x = to(make(case, seed), device)
+        random = torch.randn(x["g"].shape, generator=torch.Generator().manual_seed(seed))
+        x["g"] = torch.where(random > 1, -1e4, -0.1).to(device)
+        x["g"][:, 32] = -0.1
+        stronger = x | {"g": x["g"].clone()}
+        stronger["g"][:, 32] = -100.0
+        o, other = (call(backend, y, case)[0][:, :32] for y in (x, stronger))
+        assert torch.equal(o, other)
+
+
 @pytest.mark.parametrize("bounds", [(0, 150), (0, 1, 2, 150), (0, 64, 128, 150), (0, 37, 37, 99, 150), (0, 149, 150)])
 def test_pieces_carried_through_states_are_one_pass(backend, device, bounds):
     case = Case(T=150, HQ=4, H=2, strength=True)
