@@ -86,9 +86,9 @@ class _Differences:
     """Σ with the weights w_j e^{G_t-G_j}, exact for any gates: nothing larger than w_j is ever formed.
 
     Rows are taken in blocks that begin at some b. For columns before b the exponent is split there,
-    G_t - G_j = (G_t - G_{b-1}) + (G_{b-1} - G_j), both parts ≤ 0, and the sum is a product of two factors; inside the block
-    weights are formed one by one, [BLOCK, BLOCK, M] numbers. Every exponent is summed from the gates between its
-    ends, so no large numbers cancel. Blocks are checkpointed: the backward forms their weights again.
+    G_t - G_j = (G_t - G_{b-1}) + (G_{b-1} - G_j), both parts ≤ 0, and the weight is a product of two factors; inside
+    the block weights are formed one by one, [BLOCK, BLOCK, M] numbers. Every exponent is summed from the gates between
+    its ends, so no large numbers cancel. Blocks are checkpointed: the backward forms their weights again.
 
     How many chunks there are depends on later tokens' gates, and the order in which a matrix product of a library adds
     up may depend on how many it does at once. So sums are plain sums here, in an order of their own.

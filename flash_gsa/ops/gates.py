@@ -137,6 +137,8 @@ def _dtype(logits: Tensor) -> torch.dtype:
 
 def _check_normalizer(z: Tensor | None, shape: tuple[int, ...], logits: Tensor) -> None:
     dtype = _dtype(logits)
+    if z is not None and not isinstance(z, Tensor):
+        raise UsageError(f"the normalizer must be a torch.Tensor {list(shape)}, got {type(z).__name__}")
     if z is not None and (tuple(z.shape) != shape or z.dtype != dtype or z.device != logits.device):
         raise UsageError(
             f"the normalizer must have shape {list(shape)}, dtype {dtype} and be on {logits.device}, "

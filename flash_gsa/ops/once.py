@@ -1,4 +1,4 @@
-"""Backwards that are written by hand and cannot be differentiated themselves: whoever wants to is told."""
+"""What is differentiated by a backward of its own: when that is wanted, and that it is all there is."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from flash_gsa.errors import UsageError
 
@@ -35,6 +35,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return gradients if isinstance(found, tuple) else gradients[0]
 
     return once
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether derivatives by one of them may be asked for: backwards; or in forward mode, of which a function with a
+    backward of its own says that it has it not, and what runs beside autograd would say 0."""
+    if forward_ad._current_level >= 0:  # somebody is within `forward_ad.dual_level()`
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _Context:

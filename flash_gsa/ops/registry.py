@@ -115,6 +115,8 @@ def select(name: str, problem: Problem) -> Backend:
                 return backend
         reasons = "; ".join(f"{n}: {why}" for n, why in explain(problem))
         raise UsageError(f"no backend can run this problem ({reasons})")
+    if not isinstance(name, str):
+        raise UsageError(f"backend must be a name, got {name!r}; choose 'auto' or one of {', '.join(backend_names())}")
     if name not in _backends:
         raise UsageError(
             f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(backend_names())}."

@@ -6,6 +6,7 @@ the device, so there they are checked only under the debug switch `FLASH_GSA_CHE
 """
 
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -182,7 +183,8 @@ def _check_common(tensors: dict, names: tuple[str, ...], gates: str) -> None:
 
 
 def _check_scale(scale) -> None:
-    if isinstance(scale, Tensor) or not isinstance(scale, (int, float)) or scale != scale or abs(scale) == float("inf"):
+    finite = isinstance(scale, (int, float)) and not isinstance(scale, Tensor) and abs(scale) <= sys.float_info.max
+    if not finite:
         raise UsageError(f"scale must be a finite Python number, got {scale!r}")
 
 

@@ -8,13 +8,14 @@ import os
 
 import pytest
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from flash_gsa import gated_linear_attention, gated_slot_attention
+from flash_gsa import abc_gates, gated_linear_attention, gated_slot_attention, gated_slot_attention_step
 from flash_gsa.errors import UsageError
 from flash_gsa.models.loss import next_token_loss
 from flash_gsa.ops.once import once_differentiable
+from flash_gsa.ops.pointwise import log_gates
 
 from .interpreter import run_in_interpreter
 
@@ -74,6 +75,35 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         given = inputs(dtype=torch.float32, M=8)
         with pytest.raises(UsageError, match=r"differentiated once.*backend='chunk' or 'reference'"):
             second(call, given, given[1:2])
+
+    def by_attention(q, k, v, g):
+        return gated_slot_attention(q, k, v, g, backend="triton")[0]
+
+    def by_matrix(q, k, v, g):
+        return gated_linear_attention(q, k, v, g, backend="triton")[0]
+
+    def by_gates(q, k, v, g):
+        return abc_gates(v)[1]
+
+    @pytest.mark.parametrize("call", [by_attention, by_matrix, by_gates, lambda *x: log_gates(x[2], 16.0)])
+    def test_forward_mode_is_refused_and_not_zero(call):
+        given = [x.detach() for x in inputs(dtype=torch.float32, M=8)]
+        with forward_ad.dual_level():
+            given[2] = forward_ad.make_dual(given[2], torch.ones_like(given[2]))
+            with pytest.raises(RuntimeError, match=r"forward.*AD"):
+                call(*given)
+
+    def test_forward_mode_of_a_step_is_that_of_the_reference():
+        q, k, v, g = (x.detach()[:, 0] for x in inputs(dtype=torch.float32, M=8))
+        state = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+        found = []
+        with forward_ad.dual_level():
+            v = forward_ad.make_dual(v, torch.ones_like(v))
+            for backend in ("reference", "triton"):
+                o, _ = gated_slot_attention_step(q, k, v, g, state=state, backend=backend)
+                found.append(forward_ad.unpack_dual(o).tangent)
+        assert torch.equal(*found)
+        assert found[0].norm() > 0
 
 else:
 

@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from flash_gsa import gated_slot_attention, gated_slot_attention_step
+from flash_gsa import (
+    abc_gates,
+    abc_gates_step,
+    gated_linear_attention_step,
+    gated_slot_attention,
+    gated_slot_attention_step,
+)
 from flash_gsa.errors import UsageError
 from flash_gsa.ops.validation import check_values_of
 
 B, T, HQ, H, K, V, M = 2, 6, 4, 2, 3, 5, 7
+ONE = torch.zeros(1, 1, 3)
 
 
 def arguments(**changes):
@@ -54,6 +61,8 @@ REFUSED = [
     ({"scale": float("-inf")}, "scale must be a finite Python number"),
     ({"scale": torch.tensor(1.0)}, "scale must be a finite Python number, got tensor"),
     ({"scale": "1"}, "scale must be a finite Python number, got '1'"),
+    ({"scale": 10**400}, "scale must be a finite Python number, got 1000"),
+    ({"backend": None}, "backend must be a name, got None; choose 'auto' or one of .*reference"),
     (
         {"backend": "chunck"},
         "backend 'chunck' does not exist; choose 'auto' or one of .*reference.*Did you mean 'chunk'",
@@ -141,6 +150,25 @@ def test_refused_steps(change, words):
     token = {name: x[:, 0] for name, x in arguments().items()} | {"state": (HK, HV)} | change
     with pytest.raises(UsageError, match=words):
         gated_slot_attention_step(**token)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunk"])
+def test_a_step_of_no_sequences(backend):
+    x = {name: tensor[:0, 0] for name, tensor in arguments().items()}
+    state = torch.zeros(0, H, K, M), torch.zeros(0, H, M, V)
+    o, new = gated_slot_attention_step(**x, state=state, backend=backend)
+    assert o.shape == (0, HQ, V)
+    assert [part.shape for part in new] == [part.shape for part in state]
+    o, new = gated_linear_attention_step(
+        x["q"], x["k"], x["v"], -x["k"].abs(), state=torch.zeros(0, H, K, V), backend=backend
+    )
+    assert (o.shape, new.shape) == ((0, HQ, V), (0, H, K, V))
+
+
+def test_a_normalizer_that_is_no_tensor():
+    for call in (lambda: abc_gates(torch.zeros(1, 2, 1, 3), initial_normalizer=[1]), lambda: abc_gates_step(ONE, [1])):
+        with pytest.raises(UsageError, match="the normalizer must be a torch.Tensor .*got list"):
+            call()
 
 
 def test_gates_of_nothing_and_of_minus_infinity_are_fine():

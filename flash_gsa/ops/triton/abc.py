@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from ..once import once_differentiable
+from ..once import differentiated, once_differentiable
 from .chunks import locate
 from .launching import run
 from .plan import Parts, cdiv, kept
@@ -294,7 +294,7 @@ def abc_gates(logits: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None)
     logits, initial = logits.contiguous(), None if initial is None else initial.contiguous()
     if torch.compiler.is_compiling():
         return abc_op(logits, initial, cu_seqlens)
-    if torch.is_grad_enabled() and (logits.requires_grad or (initial is not None and initial.requires_grad)):
+    if differentiated(logits, initial):
         return _Abc.apply(logits, initial, cu_seqlens)
     return forward_pass(cut_for(logits, cu_seqlens), logits, initial)
 

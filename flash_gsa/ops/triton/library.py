@@ -7,7 +7,7 @@ launches that it cannot look into. An operator cannot return None: an absent res
 import torch
 from torch import Tensor
 
-from ..once import once_differentiable
+from ..once import differentiated, once_differentiable
 from .passes import (
     backward_pass,
     context_forward_pass,
@@ -26,7 +26,7 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
     recompute: the backward computes the states between chunks again instead of keeping them.
     """
     q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0))
+    keep = differentiated(q, k, v, g, s, hk0, hv0)
     if not keep and not torch.compiler.is_compiling():
         plan = plan_for(q, k, v, g, s is not None, cu_seqlens)
         return forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, False)[0]
@@ -39,7 +39,7 @@ def attention(q, k, v, g, s, hk0, hv0, cu_seqlens, scale: float, want_final: boo
 def context_attention(q, k, v, g, s, hk0, hv0, scale: float, want_final: bool, recompute: bool, exchange):
     """`attention` of a stretch of sequences, of which other processes have the others; both ways collective."""
     q, k, v, g, s, hk0, hv0 = _contiguous(q, k, v, g, s, hk0, hv0)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk0, hv0)):
+    if differentiated(q, k, v, g, s, hk0, hv0):
         return _ContextAttention.apply(q, k, v, g, s, hk0, hv0, scale, want_final, recompute, exchange)
     plan = plan_for(q, k, v, g, s is not None, None)
     return context_forward_pass(plan, q, k, v, g, s, hk0, hv0, scale, want_final, False, exchange)[0]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from ..once import once_differentiable
+from ..once import differentiated, once_differentiable
 from ..products import product_dtype
 from .launching import run
 from .plan import cdiv
@@ -284,14 +284,10 @@ def _tiles(*tensors: Tensor) -> int:
     return sum(cdiv(x.numel(), TILE) for x in tensors)
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def silu_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SiLU of each, in one launch."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return _Silu.apply(q, k, v) if _wants_gradient(q, k, v) else _silu(q, k, v)
+    return _Silu.apply(q, k, v) if differentiated(q, k, v) else _silu(q, k, v)
 
 
 def _silu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +318,7 @@ class _Silu(Function):
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) ∘ up, of the same shape and dtype."""
     gate, up = gate.contiguous(), up.contiguous()
-    return _Swiglu.apply(gate, up) if _wants_gradient(gate, up) else swiglu_product(gate, up)
+    return _Swiglu.apply(gate, up) if differentiated(gate, up) else swiglu_product(gate, up)
 
 
 def swiglu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -361,7 +357,7 @@ class _Swiglu(Function):
 def log_gates(f: Tensor, normalizer: float) -> Tensor:
     """log σ(f) / normalizer in float32."""
     f = f.contiguous()
-    return _Gates.apply(f, 1 / normalizer) if _wants_gradient(f) else _gates(f, 1 / normalizer)
+    return _Gates.apply(f, 1 / normalizer) if differentiated(f) else _gates(f, 1 / normalizer)
 
 
 def _gates(f: Tensor, rate: float) -> Tensor:
@@ -391,7 +387,7 @@ class _Gates(Function):
 def silu_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of SiLU over the last dimension."""
     x, weight = x.contiguous(), None if weight is None else weight.contiguous()
-    return _SiluNorm.apply(x, weight, eps) if _wants_gradient(x, weight) else silu_normed(x, weight, eps)[0]
+    return _SiluNorm.apply(x, weight, eps) if differentiated(x, weight) else silu_normed(x, weight, eps)[0]
 
 
 def silu_normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -442,7 +438,7 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, eps: float
     """x + branch, and its RMSNorm over the last dimension; without a branch x itself, and its RMSNorm."""
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     weight = None if weight is None else weight.contiguous()
-    if _wants_gradient(x, branch, weight):
+    if differentiated(x, branch, weight):
         return _AddNorm.apply(x, branch, weight, eps)
     return _add_norm(x, branch, weight, eps)[:2]
 

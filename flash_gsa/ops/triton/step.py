@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..once import differentiated
 from ..reference import reference_step
 from ..registry import State
 from .arrivals import PER_MEETING, arrive, meeting_place, wait
@@ -236,7 +237,7 @@ def triton_step(
     is wanted, the reference computes the step.
     """
     hk, hv = state
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, s, hk, hv))
+    differentiable = differentiated(q, k, v, g, s, hk, hv)
     # The kernel's offsets inside of a head have 32 bits.
     if differentiable or max(*hk.stride()[2:], *hv.stride()[2:]) > 2**21:
         return reference_step(q, k, v, g, s, state, scale, in_place)
