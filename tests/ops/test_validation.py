@@ -167,7 +167,7 @@ def test_a_step_of_no_sequences(backend):
 
 def test_a_normalizer_that_is_no_tensor():
     for call in (lambda: abc_gates(torch.zeros(1, 2, 1, 3), initial_normalizer=[1]), lambda: abc_gates_step(ONE, [1])):
-        with pytest.raises(UsageError, match="the normalizer must be a torch.Tensor .*got list"):
+        with pytest.raises(UsageError, match=r"the normalizer must be a torch.Tensor .*got list"):
             call()
 
 

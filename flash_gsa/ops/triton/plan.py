@@ -121,7 +121,11 @@ class Plan:
             "DOT": tl.bfloat16 if half else tl.float32,
             "PRECISION": "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         }
-        self._variants = variants(*self.constants.values())
+
+    @functools.cached_property
+    def _variants(self) -> dict[tuple, launching.Variant]:
+        """What plans with these constants have launched; found at a launch, since sizes of fake tensors are no keys."""
+        return variants(*self.constants.values())
 
     @functools.cached_property
     def segment_chunks(self) -> int:
