@@ -1,11 +1,14 @@
 """The held-out score during training: on a fixed part of the held-out data, the same at every evaluation."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from flash_gsa.data import Batch, DocumentBatch, TokenStore, iter_whole_documents
+from flash_gsa.data import NOT_SCORED, Batch, DocumentBatch, TokenStore, iter_whole_documents
 from flash_gsa.evaluation.bits_per_byte import NOTHING, evaluate_documents
 from flash_gsa.evaluation.mqar import count_right
 from flash_gsa.training.engine import Engine
@@ -38,12 +41,10 @@ class HeldOutText:
         """`{"loss": nats a token, "bits_per_byte": …, "by_source": {source: bits per byte}}`."""
         own = self.documents[engine.rank :: engine.ranks]
         passes = sum(1 for _ in self._batches(own))
-        # Where weights are in shards, a pass needs every process; those with fewer repeat one, and do not count it.
+        # Where weights are in shards, a pass needs every process, and what a whole call gathers it gathers once: so
+        # those with fewer passes make as many, in the same call.
         missing = max(engine.gather(passes)) - passes
-        again = self.documents[[self.store.lengths(self.documents).argmin()]]
-        found = engine.score(evaluate_documents, self._batches(own)) if passes else NOTHING
-        for _ in range(missing):
-            engine.score(evaluate_documents, self._batches(again))
+        found = engine.score(evaluate_documents, chain(self._batches(own), repeat(self._nothing(), missing)))
         result = sum(engine.gather(found), NOTHING)
         return {
             "loss": result.total.nats / result.total.tokens,
@@ -53,6 +54,21 @@ class HeldOutText:
 
     def _batches(self, documents: np.ndarray) -> Iterator[DocumentBatch]:
         return iter_whole_documents(self.store, documents, _TOKENS_A_PASS)
+
+    def _nothing(self) -> DocumentBatch:
+        """A short pass that scores nothing: the end, as it were, of some document."""
+        batch = next(self._batches(self.documents[:1]))
+        ids = batch.input_ids[:, :1]
+        return replace(
+            batch,
+            input_ids=ids,
+            targets=torch.full_like(ids, NOT_SCORED),
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            documents=batch.documents[:1],
+            labels=batch.labels[:1],
+            num_bytes=np.zeros(1, np.int64),
+            continues=True,
+        )
 
     def sample(self, tokens: int) -> list[int]:
         """The beginning of the longest document."""
@@ -70,9 +86,9 @@ class HeldOutMQAR:
         """`{"accuracy": 0 … 1}`."""
         passes = -(-len(self._batches) // engine.ranks)
         own = self._batches[engine.rank :: engine.ranks]
-        right, scored = engine.score(count_right, own) if own else (0, 0)
-        for _ in range(passes - len(own)):  # see HeldOutText
-            engine.score(count_right, self._batches[:1])
+        first = self._batches[0]
+        nothing = replace(first, targets=torch.full_like(first.targets, NOT_SCORED))  # see HeldOutText
+        right, scored = engine.score(count_right, [*own, *repeat(nothing, passes - len(own))])
         every = engine.gather((right, scored))
         return {"accuracy": sum(r for r, _ in every) / sum(n for _, n in every)}
 

@@ -1,9 +1,10 @@
 """One of several processes that train together: `torchrun … -m tests.training.processes RECIPE RUN…`.
 
-Each RUN is a JSON object: {"overrides": […], "after": [folder, step], "killed": step}; with "after", the run goes on
-from that checkpoint of another run, whose recipe it takes over; with "killed", the first process is killed at that
-step, as soon as there is a checkpoint. One run follows the other in the same processes, because starting them costs
-more than a run. What is refused leaves its message in DIR/refused-RANK.txt.
+Each RUN is a JSON object: {"overrides": […], "after": [folder, step], "killed": step, "pass": tokens}. With "after",
+the run goes on from that checkpoint of another run, whose recipe it takes over; with "killed", the first process is
+killed at that step, as soon as there is a checkpoint; with "pass", held-out documents are scored so many tokens at a
+time. One run follows the other in the same processes, because starting them costs more than a run. What is refused
+leaves its message in DIR/refused-RANK.txt.
 """
 
 import json
@@ -19,8 +20,11 @@ import torch.distributed as dist
 
 import flash_gsa.training.trainer as trainer
 from flash_gsa.errors import UsageError
+from flash_gsa.training import held_out
 from flash_gsa.training.events import Event, Stepped
 from flash_gsa.training.recipe_file import load_recipe
+
+TOKENS_A_PASS = held_out._TOKENS_A_PASS
 
 
 def main(file: str, *runs: str) -> None:
@@ -30,6 +34,7 @@ def main(file: str, *runs: str) -> None:
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     for run in map(json.loads, runs):
         recipe = load_recipe(file, run["overrides"])
+        held_out._TOKENS_A_PASS = run.get("pass", TOKENS_A_PASS)
         folder = Path(recipe.output_dir)
         if "after" in run and dist.get_rank() == 0:
             go_on_from(Path(run["after"][0]), run["after"][1], folder)

@@ -43,6 +43,10 @@ OF_FOUR = {
     "rows and context": ["engine={kind: fsdp2, context: 2}"],
     "hsdp and context": ["engine={kind: hsdp, replicas: 2, context: 2}"],
 }
+# Processes that score other numbers of held-out passes: of documents by 37 tokens, of three batches of MQAR.
+UNEVEN = ("ddp", "fsdp2", "zero3", "context", "step")
+FEW_STEPS = ["schedule.steps=2", "schedule.warmup_steps=0"]
+MQAR = ["tokenizer=null", "data={kind: mqar, vocab_size: 32, num_kv_pairs: 4, held_out: 12}"]
 AFTER = [
     ("fsdp2", "one"),
     ("zero3", "fsdp2"),
@@ -98,11 +102,17 @@ def make_runs(folder):
         return [*common, *more, f"output_dir={folder / name.replace(' ', '-')}"]
 
     train(make(*settings("one")))
+    train(make(*settings("mqar by one", *FEW_STEPS, *MQAR)))
     asked = [{"overrides": settings(name, *more)} for name, more in KINDS.items()]
     for name, other in AFTER:
         overrides = settings(f"{name} after {other}", *KINDS[name])
         asked.append({"overrides": overrides, "after": [str(folder / other), 4]})
     asked.append({"overrides": settings("odd", *KINDS["fsdp2"], "batch.rows=3")})
+    for name in UNEVEN:
+        overrides = settings(f"uneven {name}", *KINDS[name], *FEW_STEPS)
+        asked.append({"overrides": overrides, "pass": 37})
+        overrides = settings(f"mqar by {name}", *KINDS[name], *FEW_STEPS, *MQAR)
+        asked.append({"overrides": overrides})
     asked.append({"overrides": settings("single")})
     # What the first process finds alone: a folder that holds a run of another recipe.
     asked.append({"overrides": settings("ddp", *KINDS["ddp"], "optimizer.lr=0.5")})
@@ -143,6 +153,17 @@ def assert_same(found, expected):
 def test_two_processes_train_as_one_does(runs, kind):
     assert_same(runs(kind), runs("one"))
     assert [r["devices"] for r in figures(runs(kind), "train")] == [2] * 7
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_processes_score_different_numbers_of_passes(runs, kind):
+    found, expected = (figures(runs(name), "eval")[0] for name in (f"uneven {kind}", "one"))
+    assert found["loss"] == pytest.approx(expected["loss"], **SAME)
+    assert found["by_source"] == pytest.approx(expected["by_source"], **SAME)
+    assert figures(runs(f"uneven {kind}"), "eval")[-1]["step"] == 2
+    by_several, by_one = (figures(runs(f"mqar by {name}"), "eval") for name in (kind, "one"))
+    assert [r["accuracy"] for r in by_several] == pytest.approx([r["accuracy"] for r in by_one], abs=0.03)
+    assert [r["step"] for r in by_several] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", OF_FOUR)
