@@ -72,7 +72,7 @@ def evaluate(
     from rich.table import Table
 
     table = Table(caption=f"{checkpoint} on {engine.describe()}", caption_justify="left")
-    table.add_column("source")
+    table.add_column("source", overflow="fold")  # cut short, two could look alike
     for column in ("documents", "bytes", "tokens", "perplexity per token", "bits per byte"):
         table.add_column(column, justify="right")
     rows = list(result.by_source.items())

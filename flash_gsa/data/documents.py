@@ -65,9 +65,8 @@ class Fields(NamedTuple):
         except KeyError:
             raise UsageError(missing_field(field, role, _names(record), name)) from None
         if not isinstance(value, str):
-            raise UsageError(
-                f"{name}: field {field!r} is {type(value).__name__}, expected a string. Correct or drop the record"
-            )
+            kind = "null" if value is None else type(value).__name__
+            raise UsageError(f"{name}: field {field!r} is {kind}, expected a string. Correct or drop the record")
         if not value.isascii():
             try:
                 value.encode()
@@ -102,5 +101,5 @@ def missing_field(field: str, role: str, fields: list[str], name: str) -> str:
     present = ", ".join(map(repr, fields)) or "none"
     return (
         f"{name}: no field {field!r}; there are: {present}.{did_you_mean(field, fields)} "
-        f"Set {role}_field to the name of the field that holds the {role}"
+        f"Set {role}_field (in a recipe data.{role}_field) to the name of the field that holds the {role}"
     )

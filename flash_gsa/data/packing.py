@@ -71,8 +71,17 @@ class PackedBatches:
     @property
     def epochs(self) -> list[float]:
         """How often the documents of each part have been gone through up to the current position."""
-        drawn = self._mixture.counts(self.position * self.rows)
+        return self.epochs_after(self.position)
+
+    def epochs_after(self, batches: int) -> list[float]:
+        """How often after so many batches."""
+        drawn = self._mixture.counts(batches * self.rows)
         return [count / rows.per_epoch for count, rows in zip(drawn, self._rows, strict=True)]
+
+    @property
+    def part_tokens(self) -> list[int]:
+        """Tokens of the documents of each part."""
+        return [rows.text.num_tokens for rows in self._rows]
 
     def __iter__(self) -> "PackedBatches":
         return self

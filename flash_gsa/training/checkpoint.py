@@ -385,8 +385,16 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _write_whole(writing: Path, pieces: Mapping[str, Piece]) -> None:
     model = {name.removeprefix("model/"): p.tensor for name, p in pieces.items() if name.startswith("model/")}
     rest = {name: p.tensor for name, p in pieces.items() if not name.startswith("model/")}
-    save_file(model, writing / MODEL, metadata={"format": "pt"})  # which transformers asks for
-    save_file(rest, writing / TENSORS)
+    save_tensors(model, writing / MODEL, {"format": "pt"})  # which transformers asks for
+    save_tensors(rest, writing / TENSORS)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that whoever may read other new files here may read: the library's own are their owner's."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _shard(writing: Path, rank: int, ranks: int) -> Path:
@@ -397,7 +405,7 @@ def _write_shard(writing: Path, pieces: Mapping[str, Piece], rank: int, ranks: i
     path = _shard(writing, rank, ranks)
     path.parent.mkdir(exist_ok=True)
     rows = {name: [p.start, p.rows] for name, p in pieces.items()}
-    save_file({name: p.tensor for name, p in pieces.items()}, path, metadata={_ROWS: json.dumps(rows)})
+    save_tensors({name: p.tensor for name, p in pieces.items()}, path, {_ROWS: json.dumps(rows)})
     aside = path.with_suffix(".unfinished")
     _write_json(aside, _listed(path))
     aside.replace(path.with_suffix(".json"))

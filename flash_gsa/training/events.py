@@ -15,13 +15,15 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Started:
-    """The first step is next. `step` is 0, or the step of the checkpoint the run goes on from."""
+    """The first step is next. `step` is 0, or the step of the checkpoint the run goes on from. `data` says what is
+    trained on, a line a source."""
 
     run_dir: Path
     step: int
     parameters: int
     tokens_per_step: int
     engine: str
+    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

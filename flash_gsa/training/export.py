@@ -49,6 +49,8 @@ def export(path: str | Path, target: Path, dtype: torch.dtype | None = None) -> 
         model = model.to(dtype)  # type: ignore[arg-type]
     try:
         model.save_pretrained(target)
+        for path in target.glob("*.safetensors"):  # see `save_tensors`
+            path.chmod((target / "config.json").stat().st_mode)
         if (folder / "tokenizer.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(target)
     except OSError as error:

@@ -64,6 +64,19 @@ class Inputs:
     tokenizer: "PreTrainedTokenizerFast | None" = None
     bytes_per_token: float | None = None
 
+    def told(self, steps: int | None) -> tuple[str, ...]:
+        """A line for each source: documents, tokens, and how often `steps` steps go through them; none for MQAR."""
+        if not isinstance(self.batches, PackedBatches):
+            return ()
+        epochs = [None] * len(self.batches.parts) if steps is None else self.batches.epochs_after(steps)
+        lines = []
+        for i, (part, tokens) in enumerate(zip(self.batches.parts, self.batches.part_tokens, strict=True)):
+            count = part.store.num_documents if part.documents is None else len(part.documents)
+            named = f"source {i + 1}: " if len(epochs) > 1 else ""
+            often = "" if epochs[i] is None else f", gone through {epochs[i]:.2f} times in all"
+            lines.append(f"{named}{count:,} document{'s'[: count - 1]} of {tokens:,} tokens to train on{often}")
+        return tuple(lines)
+
     def describe(self, batch: Batch) -> str:
         """The first words of some sequences of a batch, for a message about it."""
         if self.tokenizer is None or batch.cu_seqlens is None:
@@ -162,9 +175,8 @@ def text_parts(
         except UsageError as error:
             if share == 1:
                 raise
-            raise UsageError(
-                f"The source {entry.source} (a number of bytes is divided between sources by weight): {error}"
-            ) from None
+            divided = "" if (data.held_out or 0) < 1 else " (a number of bytes is divided between sources by weight)"
+            raise UsageError(f"The source {entry.source}{divided}: {error}") from None
         documents = division.get("train")  # None: all
         available = store.num_bytes if documents is None else int(store.sizes(documents).sum())
         if used is not None and used < available:

@@ -78,6 +78,8 @@ class ProgressDisplay:
             f"{event.parameters / 1e6:.2f} M parameters, {event.tokens_per_step:,} tokens a step, on "
             f"{event.engine}{goes_on}; everything goes to {event.run_dir}"
         )
+        for line in event.data:
+            self._say(line)
         if self._live:
             self._bar = Progress(
                 TextColumn("{task.description}"),

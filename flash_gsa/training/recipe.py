@@ -337,7 +337,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="names the run's folder: runs/<name>")
     description: str
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output_dir: str | None = Field(None, description="the run's folder; null: runs/<name>")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:<n>")
     precision: Literal["auto", "bf16", "fp32", "pure_bf16"] = Field(

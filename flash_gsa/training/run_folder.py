@@ -20,11 +20,12 @@ Existing = Literal["resume", "overwrite", "refuse"]
 
 _OURS = (RECIPE_FILE, METRICS_FILE, "tensorboard", CHECKPOINTS, "loss.png", "report.html", STARTS_FILE, TRACKERS_FILE)
 # Nor can the number of processes and how they share the work, but for the order in which sums are taken.
-_MAY_DIFFER: tuple[str, ...] = (
+_MAY_DIFFER: tuple[str, ...] = (  # a section ends with a dot
     "description",
     "output_dir",
     "device",
     "data.cache_dir",
+    "data.source",  # a checkpoint knows its texts by their contents, and refuses others
     "data.verify",
     "checkpoints.",
     "logging.",
@@ -77,7 +78,7 @@ def open_run_folder(recipe: Recipe, existing: Existing) -> Iterator[Path]:
 def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
     path = run_dir / RECIPE_FILE
     old = load_recipe(path)
-    changed = {k: v for k, v in recipe_differences(old, recipe).items() if not k.startswith(_MAY_DIFFER)}
+    changed = {k: v for k, v in recipe_differences(old, recipe).items() if not _may_differ(k)}
     if changed:
         lines = "".join(f"\n  - {key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
         raise UsageError(
@@ -85,6 +86,10 @@ def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
             "Give the values it had to go on with it, set output_dir (or name) for a new run, or overwrite it "
             "(--fresh)."
         )
+
+
+def _may_differ(key: str) -> bool:
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in _MAY_DIFFER)
 
 
 def _delete_run(run_dir: Path) -> None:
@@ -104,7 +109,10 @@ def _held(run_dir: Path) -> Iterator[None]:
     except ImportError:  # Windows: nobody is kept out
         yield
         return
-    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"The run's folder {run_dir} cannot be written to: {error}. Set output_dir.") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -198,7 +198,8 @@ class _Run:
         recipe, engine = self.recipe, self.engine
         self.metrics: MetricsWriter | None = None
         engine.told_by_main(self._open_records)
-        self.on_event(events.Started(self.run_dir, self.step, self.size, recipe.batch.tokens, engine.describe()))
+        data = self.inputs.told(self.length.total_steps)
+        self.on_event(events.Started(self.run_dir, self.step, self.size, recipe.batch.tokens, engine.describe(), data))
         try:
             if self.step == 0:
                 self._evaluate()

@@ -113,7 +113,7 @@ def test_parquet_columns(tmp_path):
     refused(str(file), r"no field 'kind'.*source_field", text_field="body", source_field="kind")
     refused(str(file), r"row 0: field 'n' is int", text_field="n")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), file)
-    refused(str(file), r"row 1: field 'text' is NoneType")
+    refused(str(file), r"row 1: field 'text' is null")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), file)
     refused(str(file), r"has no rows")
 

@@ -22,7 +22,8 @@ def tell(display):
     record = {"step": 7, "loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.412}
     with display:
         display(events.Preparing("preparing the data"))
-        display(events.Started("runs/x", 4, 2_500_000, 4096, "cpu (2 threads), fp32"))
+        data = ("30 documents of 1,200 tokens to train on",)
+        display(events.Started("runs/x", 4, 2_500_000, 4096, "cpu (2 threads), fp32", data))
         for step in range(5, 8):
             display(events.Stepped(record | {"step": step}, 100, 0.07, 83.0))
         display(events.Spiked({"step": 7, "loss": 9.0, "expected": 2.5, "limit": 2.75, "batch": 6}))
@@ -43,6 +44,7 @@ def plain(text):
     assert lines[0] == "preparing the data"
     assert "2.50 M parameters, 4,096 tokens a step" in lines[1]
     assert "going on after step 4" in lines[1]
+    assert lines[2] == "30 documents of 1,200 tokens to train on"
     assert lines[-5] == "step      7  loss spike: 9.000, 2.500 expected, batch 6; training goes on"
     assert "held out: loss 2.400, 1.700 bits per byte" in lines[-4]
     assert "held out: accuracy 0.910" in lines[-3]

@@ -25,6 +25,7 @@ from flash_gsa.training import checkpoint as checkpoint_module
 from flash_gsa.training import events, trainer
 from flash_gsa.training.engine import Engine, checkpoint_blocks
 from flash_gsa.training.errors import TrainingStopped
+from flash_gsa.training.export import export
 from flash_gsa.training.inputs import prepare_inputs
 from flash_gsa.training.metrics import MetricsWriter, read_metrics
 from flash_gsa.training.model import model_config
@@ -327,6 +328,46 @@ def test_a_second_signal_is_not_swallowed(make_recipe):
     with pytest.raises(KeyboardInterrupt):
         train(make_recipe(), on_event=At(2, interrupt_twice))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_texts_that_were_moved_are_the_same_texts(make_recipe, tmp_path, uninterrupted):
+    assert train(make_recipe(), on_event=At(5, send(signal.SIGTERM))).step == 5
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "text.jsonl").rename(elsewhere / "text.jsonl")
+    assert_same(train(make_recipe(f"data.source={elsewhere}/text.jsonl")), uninterrupted)
+    assert "elsewhere/text.jsonl" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_other_texts_under_the_name_are_refused(make_recipe, tmp_path):
+    assert train(make_recipe(), on_event=At(5, send(signal.SIGTERM))).step == 5
+    lines = (tmp_path / "text.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(UsageError, match=r"cannot go on in the data: data was .* when the run was saved"):
+        train(make_recipe(f"data.source={tmp_path}/other.jsonl"))
+    with pytest.raises(UsageError, match=r"another recipe:\s+- data.source_field: None there, 'from' now"):
+        train(make_recipe("data.source_field=from"))
+
+
+def test_a_run_says_what_it_is_trained_on(make_recipe):
+    told = []
+    train(make_recipe("schedule.steps=3"), on_event=told.append)
+    (line,) = next(event.data for event in told if isinstance(event, events.Started))
+    found = re.fullmatch(r"(\d+) documents of ([\d,]+) tokens to train on, gone through (\d+\.\d\d) times in all", line)
+    tokens = int(found[2].replace(",", ""))
+    assert 0 < int(found[1]) < tokens
+    assert float(found[3]) == pytest.approx(3 * 4 / -(-tokens // 32), abs=0.01)
+
+
+def test_weights_may_be_read_by_whom_the_rest_may(make_recipe, tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = train(make_recipe("schedule.steps=3", "schedule.warmup_steps=1")).checkpoint
+        export(folder, tmp_path / "exported")
+    finally:
+        os.umask(before)
+    files = [*folder.iterdir(), *(tmp_path / "exported").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(make_recipe, uninterrupted):
