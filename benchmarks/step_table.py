@@ -10,15 +10,13 @@ ROWS, LENGTH = 8, 2048
 WANTED = {"times FLA": 1.45, "tokens a second": 73_000}
 """What a step is wanted to make."""
 MOVED = {
-    "SiLU(gate) ∘ up: 5 + 9 tensors in PyTorch, 3 + 5 here, and the product again": (38.5, 24.75),
-    "both sums and norms, with what joins the residual stream backward": (26, 17),
-    "sums of the gradients of the inputs of q, k, v, f and of gate, up": (12, 4),
-    "the result of SiLU and norm before W_o again": (0, 1),
+    "SiLU(gate) ∘ up: 5 + 9 tensors in PyTorch, 3 + 5 here, and the product again": (38.5, 24.75, False),
+    "both sums and norms, with what joins the residual stream backward": (26, 17, False),
+    "sums of the gradients of the inputs of q, k, v, f and of gate, up": (12, 4, True),
+    "the result of SiLU and norm before W_o again": (0, 1, False),
 }
-"""Of a block, what lies between its products: passes over a [tokens, width] tensor, in PyTorch and here. The MLP's
-tensors are 2.75 such wide."""
-WITHIN_PRODUCTS = "sums of the gradients of the inputs of q, k, v, f and of gate, up"
-"""No launches of their own: products read these and add to them."""
+"""Of a block, what lies between its products: passes over a [tokens, width] tensor, in PyTorch and here; and whether
+those here are within products, which read them and add to them. The MLP's tensors are 2.75 such wide."""
 BFLOAT16 = 2
 OPTIMIZER_PASSES = 7  # weight, gradient and two moments read; all but the gradient written
 
@@ -27,12 +25,11 @@ def between_products(result: Record) -> str:
     """Passes of a block, their floor at the speed of a copy, and what is saved by making fewer."""
     one = _pass_seconds(result)
     rows = []
-    for what, (there, here) in MOVED.items():
-        within = ", within products" if what == WITHIN_PRODUCTS else ""
+    for what, (there, here, within) in MOVED.items():
         times = [f"{1e6 * one * passes:.0f}" for passes in (here, there - here)]
-        rows.append([what, f"{there:g}", f"{here:g}{within}", *times])
+        rows.append([what, f"{there:g}", f"{here:g}{', within products' if within else ''}", *times])
     size = result["size"]
-    saved = one * sum(there - here for there, here in MOVED.values())
+    saved = one * sum(there - here for there, here, _ in MOVED.values())
     bytes_moved = BFLOAT16 * result["tokens"] * size["hidden"]
     return "\n\n".join(
         [
@@ -73,8 +70,8 @@ def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
             f"weights, gradients and moments of {parameters / 1e9:.2f} billion, at the speed of a copy",
         ),
         "what lies between products": (
-            1e3 * layers * _pass_seconds(result) * sum(here for _, here in MOVED.values()),
-            f"{layers} times the floors of the table above",
+            1e3 * layers * _pass_seconds(result) * sum(here for _, here, within in MOVED.values() if not within),
+            f"{layers} times the floors of the table above, but for what is within products",
         ),
     }
     together = sum(time for time, _ in floors.values())

@@ -71,7 +71,7 @@ def _copy(stopwatch: Stopwatch, size: int) -> dict[str, Any]:
 def _product(stopwatch: Stopwatch, size: int) -> dict[str, Any]:
     dtype = measured_dtype(stopwatch.device)
     a, b = (torch.randn(size, size, device=stopwatch.device).to(dtype) for _ in range(2))
-    a @ b
+    a @ b  # its library's start does not count among watts
     synchronize(stopwatch.device)
     with metered(stopwatch.device) as power:
         cost = stopwatch.cost(lambda: a @ b)

@@ -56,19 +56,11 @@ class HeldOutText:
         return iter_whole_documents(self.store, documents, _TOKENS_A_PASS)
 
     def _nothing(self) -> DocumentBatch:
-        """A short pass that scores nothing: the end, as it were, of some document."""
-        batch = next(self._batches(self.documents[:1]))
-        ids = batch.input_ids[:, :1]
-        return replace(
-            batch,
-            input_ids=ids,
-            targets=torch.full_like(ids, NOT_SCORED),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-            documents=batch.documents[:1],
-            labels=batch.labels[:1],
-            num_bytes=np.zeros(1, np.int64),
-            continues=True,
-        )
+        """A pass of one token that scores nothing: the end, as it were, of some document."""
+        token, bounds = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
+        labels, none = (self.store.label(int(self.documents[0])),), np.zeros(1, np.int64)
+        unscored = torch.full_like(token, NOT_SCORED)
+        return DocumentBatch(token, unscored, bounds, self.documents[:1], labels, none, continues=True)
 
     def sample(self, tokens: int) -> list[int]:
         """The beginning of the longest document."""
