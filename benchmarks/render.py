@@ -292,12 +292,12 @@ def context_parallel(result: dict[str, Any]) -> str:
 
 def scaling(result: dict[str, Any]) -> str:
     """Tokens a second of each configuration, and as many times those of one process that computes as often a step."""
-    ones = {run["micro_batches"]: run for run in result["runs"] if run["processes"] == 1}
+    ones = {run["micro_batches"]: run for run in result["runs"] if run["processes"] == 1 and run.get("row") is None}
     rows = []
     for run in result["runs"]:
         first = [run["name"], str(run["processes"]), str(run["micro_batches"])]
         if run.get("problem"):
-            rows.append([*first, run["problem"], "", "", "", ""])
+            rows.append([*first, run["problem"].partition(". ")[0], "", "", "", ""])
             continue
         rows.append(
             [
@@ -312,7 +312,7 @@ def scaling(result: dict[str, Any]) -> str:
     ran = {(run["name"], run["micro_batches"]) for run in result["runs"]}
     rows += [
         [name, str(several), str(count), "not run", "", "", "", ""]
-        for name, several, count, _ in CONFIGURATIONS
+        for name, several, count, *_ in CONFIGURATIONS
         if (name, count) not in ran
     ]
     heads = ["engine", "GPUs", "micro-batches", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]

@@ -4,7 +4,8 @@
 
 Each configuration runs in processes of its own, by torchrun: a shipped recipe's model, engine, loss and optimiser, on
 packed rows of made-up documents, read from a store as a run reads them. Every process computes as many rows at once,
-and as often a step, as the one process does, so that twice the tokens a second is the best that two can do.
+and as often a step, as the one process does, so that twice the tokens a second is the best that two can do. The last
+two are one row, too long for one GPU, first on one and then cut over all.
 """
 
 import argparse
@@ -34,25 +35,32 @@ WARM, TIMED = 4, 12
 VOCABULARY = 32_000
 ONE, REPLICAS, SHARDED = "engine={kind: single}", "engine={kind: ddp}", "engine={kind: fsdp2}"
 BY_STEP, CUT = "engine={kind: fsdp2, reshard_after: step}", "engine={kind: fsdp2, context: PROCESSES}"
-# Name, processes (2 stands for those that were asked for), micro-batches a step, engine. A step of one micro-batch
-# shows what exchanging takes at its most; one of several is nearer to a recipe's half a million tokens.
+# Name, processes (2 stands for those that were asked for), micro-batches a step, engine, and where a step is one row,
+# its tokens: as many times those that a process computes at once elsewhere, and times the processes asked for. A step
+# of one micro-batch shows what exchanging takes at its most; one of several is nearer to a recipe's half a million
+# tokens.
 CONFIGURATIONS = (
-    ("one GPU", 1, 1, ONE),
-    ("FSDP2", 2, 1, SHARDED),
-    ("FSDP2, `reshard_after: step`", 2, 1, BY_STEP),
-    ("DDP", 2, 1, REPLICAS),
-    ("one row, cut over all (`context`), FSDP2", 2, 1, CUT),
-    ("one GPU", 1, 4, ONE),
-    ("FSDP2", 2, 4, SHARDED),
-    ("FSDP2, `reshard_after: step`", 2, 4, BY_STEP),
+    ("one GPU", 1, 1, ONE, None),
+    ("FSDP2", 2, 1, SHARDED, None),
+    ("FSDP2, `reshard_after: step`", 2, 1, BY_STEP, None),
+    ("DDP", 2, 1, REPLICAS, None),
+    ("one row, cut over all (`context`), FSDP2", 2, 1, CUT, 1),
+    ("one GPU", 1, 4, ONE, None),
+    ("FSDP2", 2, 4, SHARDED, None),
+    ("FSDP2, `reshard_after: step`", 2, 4, BY_STEP, None),
+    ("a row twice as long, one GPU", 1, 1, ONE, 2),
+    ("a row twice as long, cut over all (`context`), FSDP2", 2, 1, CUT, 2),
 )
 
 
-def settings(engine: str, processes: int, micro_batches: int, rows: int, length: int) -> list[str]:
-    """What a recipe is overridden with so that every process computes `rows · length` tokens at once."""
+def settings(
+    engine: str, processes: int, asked: int, micro_batches: int, row: int | None, rows: int, length: int
+) -> list[str]:
+    """What a recipe is overridden with so that every process computes `rows · length` tokens at once, or all of them
+    one row of `row · asked` times as many."""
     chosen = engine.replace("PROCESSES", str(processes))
-    if engine == CUT:  # as many tokens in one row, what cutting is for
-        return [chosen, "batch.rows=1", "batch.micro_rows=1", f"batch.length={rows * processes * length}"]
+    if row is not None:
+        return [chosen, "batch.rows=1", "batch.micro_rows=1", f"batch.length={row * asked * rows * length}"]
     return [chosen, f"batch.rows={rows * processes * micro_batches}", f"batch.micro_rows={rows}"]
 
 
@@ -158,12 +166,15 @@ def main() -> None:
     result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
-        for name, several, micro_batches, engine in CONFIGURATIONS:
-            processes = 1 if several == 1 else options.processes
-            overrides = [*options.override, *settings(engine, processes, micro_batches, options.rows, length)]
+        for name, several, micro_batches, engine, row in CONFIGURATIONS:
+            asked = options.processes
+            processes = 1 if several == 1 else asked
+            chosen = settings(engine, processes, asked, micro_batches, row, options.rows, length)
+            overrides = [*options.override, *chosen]
             arguments = ["--folder", folder, "--recipe", options.recipe]
             arguments += [part for o in overrides for part in ("--override", o)]
-            record = {"name": name, "processes": processes, "micro_batches": micro_batches, "overrides": overrides}
+            record = {"name": name, "processes": processes, "micro_batches": micro_batches, "row": row}
+            record |= {"overrides": overrides}
             record |= launch(processes, arguments, options.limit)
             result["runs"].append(record)
             print(record, flush=True)

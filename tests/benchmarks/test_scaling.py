@@ -7,14 +7,15 @@ from benchmarks.scaling import CONFIGURATIONS, settings
 from flash_gsa.training.recipe_file import load_recipe
 
 
-@pytest.mark.parametrize(("name", "several", "micro_batches", "engine"), CONFIGURATIONS)
-def test_every_process_computes_as_many_tokens(name, several, micro_batches, engine):
+@pytest.mark.parametrize(("name", "several", "micro_batches", "engine", "row"), CONFIGURATIONS)
+def test_every_process_computes_as_many_tokens(name, several, micro_batches, engine, row):
     processes = 1 if several == 1 else 4
-    overrides = settings(engine, processes, micro_batches, rows=8, length=2048)
+    overrides = settings(engine, processes, 4, micro_batches, row, rows=8, length=2048)
     recipe = load_recipe("gsa_1.3b", overrides, data_named=False)
     rows, count = recipe.batch.micro_batches(processes, recipe.engine.context)
     assert count == micro_batches
-    assert rows * recipe.batch.length / recipe.engine.context == 8 * 2048
+    all_at_once = rows * recipe.batch.length / recipe.engine.context
+    assert all_at_once == 8 * 2048 * (1 if row is None else row * 4 / processes)
     assert (recipe.engine.context > 1) == ("context" in name)
 
 
@@ -30,9 +31,9 @@ def test_each_is_compared_with_one_process_that_computes_as_often_a_step():
             ("two", 2, 4, 28),
         )
     ]
-    failed = {"name": "no", "processes": 2, "micro_batches": 1, "problem": "took too long"}
+    failed = {"name": "no", "processes": 1, "micro_batches": 1, "row": 2, "problem": "took too long"}
     text = scaling({"about": about, "recipe": "gsa_1.3b", "runs": [*runs, failed]})
     assert "| two | 2 | 1 | 19 | 1.90 |  | 1.0 | 0.00% |" in text
     assert "| two | 2 | 4 | 28 | 1.75 |  | 1.0 | 0.00% |" in text
-    assert "| no | 2 | 1 | took too long |" in text
+    assert "| no | 1 | 1 | took too long |" in text
     assert text.count("| not run |") == len(CONFIGURATIONS)  # none of those above is one of them

@@ -356,6 +356,7 @@ ON_GPUS = {
     "more": ("more", "bf16", "engine.compile=true"),
     "pure": ("fsdp2", "pure_bf16"),
 }
+UNEVEN_ON_GPUS = ("fsdp2", "zero3", "context")
 TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "pure_bf16": 2e-2}
 
 
@@ -383,8 +384,13 @@ def gpu_runs(tmp_path_factory):
 
     for precision in TOLERANCE:
         train(make(*settings(precision, precision)))
-    kinds = {n: w for n, w in ON_GPUS.items() if "zero" not in n or importlib.util.find_spec("deepspeed")}
-    runs = [asked(name, *what) for name, what in kinds.items()]
+    deepspeed = importlib.util.find_spec("deepspeed")
+    runs = [asked(name, *what) for name, what in ON_GPUS.items() if deepspeed or "zero" not in name]
+    runs += [
+        asked(f"uneven-{kind}", kind, "fp32") | {"pass": 37}
+        for kind in UNEVEN_ON_GPUS
+        if deepspeed or "zero" not in kind
+    ]
     runs.append(asked("fsdp2-after-fp32", "fsdp2", "fp32") | {"after": [str(folder / "fp32"), 4]})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, runs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -406,6 +412,14 @@ def test_two_gpus_train_as_one_does(gpu_runs, name):
         pytest.skip("needs DeepSpeed")
     precision = ON_GPUS[name][1]
     assert_near(gpu_runs / name, gpu_runs / precision, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", UNEVEN_ON_GPUS)
+def test_gpus_score_other_numbers_of_held_out_passes(gpu_runs, kind):
+    if not (gpu_runs / f"uneven-{kind}").exists():
+        pytest.skip("needs DeepSpeed")
+    assert_near(gpu_runs / f"uneven-{kind}", gpu_runs / "fp32", "fp32")
 
 
 @pytest.mark.gpu
