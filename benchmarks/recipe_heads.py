@@ -49,7 +49,7 @@ def _lines(name: str) -> list[str]:
         time = duration(run.seconds((one if count == 1 else several) * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
     if recipe.engine.kind == "single":
-        origin = origin[:1]
+        origin = [origin[0], origin[1].partition(", and at")[0] + "."]
     return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_prepared(recipe), *_taken(name)]
 
 
@@ -122,10 +122,15 @@ def _shares(name: str) -> tuple[float, float, list[str]]:
         one,
         several,
         [
-            f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one (benchmarks/results/{origin}.json).",
-            f"  On several {several:.0%}, as two of one machine reach with the 1.3B under FSDP2 (scaling.json).",
+            f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one, as measured on an",
+            f"  {_device(origin)} (benchmarks/results/{origin}.json), and at {several:.0%} on several, as two",
+            f"  {_device('scaling')} of one machine reach with the 1.3B under FSDP2 (scaling.json).",
         ],
     )
+
+
+def _device(name: str) -> str:
+    return _result(name)["about"]["device"]
 
 
 def _result(name: str) -> dict[str, Any]:

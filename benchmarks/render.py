@@ -35,6 +35,7 @@ FILES = {
     "operator_memory": "operator_bytes",
     "between_products": "train_gpu",
     "step_bounds": "train_gpu",
+    "step_energy": "train_gpu_power",
 }
 """Blocks of the file of another block."""
 
@@ -179,44 +180,10 @@ def kernel_trials(result: dict[str, Any]) -> str:
     return "\n\n".join([table(heads, rows), "\n".join(told_of), told(result["about"])])
 
 
-def decode_gpu(result: dict[str, Any]) -> str:
-    about = result["about"]
-    rows, other = [], []
-    for r in result["times"]:
-        as_launched = r["stages_timed"] == r["stages"]
-        if not as_launched:
-            other.append(f"{r['stages_timed']} for {r['stages']}")
-        rows.append(
-            [
-                r["model"],
-                str(r["B"]),
-                r["state"],
-                f"{r['before_us']:.1f}",
-                f"{r['us']:.1f}" + ("" if as_launched else "\\*"),
-                f"{r['floor_us']:.1f}",
-                f"{r['us'] / r['floor_us']:.2f}",
-                f"{r['copy_us']:.1f}",
-            ]
-        )
-    heads = [
-        "layer",
-        "sequences",
-        "state",
-        f"µs before, `{about['before']}`",
-        "µs a step",
-        "state read + written at 3.0 TB/s",
-        "ratio",
-        "µs, copy of the state, in halves",
-    ]
-    tiles = ", ".join(dict.fromkeys(other))
-    notes = [f"\\* Not timed with as many tiles on the way as are launched: with {tiles}."] if other else []
-    return "\n\n".join([table(heads, rows), *notes, about["selection"], told(about)])
-
-
 def operator_on_a_gpu(result: dict[str, Any]) -> str:
-    """The start of a process is another command's, and may not be measured yet."""
-    start = [load("op_gpu_cold")] if (RESULTS / "op_gpu_cold.json").exists() else []
-    return operator(combined(result, *start))
+    """Decoding and the start of a process are other commands', and may not be measured yet."""
+    later = [name for name in ("op_gpu_decoding", "op_gpu_cold") if (RESULTS / f"{name}.json").exists()]
+    return operator(combined(result, *map(load, later)))
 
 
 def operator_bytes(result: dict[str, Any]) -> str:
@@ -224,7 +191,7 @@ def operator_bytes(result: dict[str, Any]) -> str:
 
 
 def step_bounds(result: dict[str, Any]) -> str:
-    return step_table.step_bounds(result, load("train_gpu_variants"), load("op_gpu"))
+    return step_table.step_bounds(result, load("train_gpu_profile"), load("op_gpu"))
 
 
 def operator_memory(result: dict[str, Any]) -> str:
@@ -371,15 +338,17 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "operator_memory": operator_memory,
     "between_products": step_table.between_products,
     "step_bounds": step_bounds,
+    "step_energy": step_table.step_energy,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
     "counters": counters,
     "kernel_trials": kernel_trials,
-    "decode_gpu": decode_gpu,
     "drift": drift,
     "train_gpu": training,
     "train_gpu-summary": training_summary,
     "train_gpu_variants": training,
+    "train_gpu_profile": training,
+    "train_gpu_power": training,
     "train_gpu_bf16": training,
     "train_gpu_340m": training,
     "train_gpu_130m": training,
@@ -389,7 +358,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "scaling": scaling,
     "tokenising": tokenising,
     "test_gpu": gpu_tests,
-    "test_gpu_compile": gpu_tests,
 }
 
 

@@ -90,7 +90,7 @@ def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
             f"operator and AdamW alone, with nothing between them, are {without:.0f} ms. In the run with the profile "
             f"all kernels together take {profile['kernel_milliseconds']:.0f} ms when phases run with rests between "
             f"them, and a whole step {1e3 * alone['seconds']:.0f}.",
-            *_power(ours),
+            *_power(alone),
             "Steps and the copy: " + told(result["about"]),
             "The profile: " + told(profiled["about"]),
             "The operator: " + told(operator["about"]),
@@ -103,10 +103,41 @@ def _power(record: Record) -> list[str]:
     if (power := record.get("power")) is None:
         return []
     return [
-        f"During the steps measured the card drew {power['watts']:.0f} of the {power['limit_watts']:.0f} W that it "
+        f"During the steps of that run the card drew {power['watts']:.0f} of the {power['limit_watts']:.0f} W that it "
         f"may, at {power['sm_mhz']:,.0f} MHz of {power['most_sm_mhz']:,.0f}; in {power['power_capped']:.0%} of the "
         "looks its power limit lowered the clock."
     ]
+
+
+def step_energy(result: Record) -> str:
+    """What a token costs in energy, what of it the model's products cost, and what a power limit leaves for the rest.
+
+    Args:
+        result: of `flash-gsa bench train`, with watts.
+    """
+    ours, product = _step(result, "ours"), result["ceilings"]["product"]
+    tokens, limit = ours["rows"] * ours["length"] * ours["steps"], ours["power"]["limit_watts"]
+    all_of_it = ours["power"]["joules"] / tokens
+    products = ours["flops_per_token"] * product["power"]["watts"] / product["flops_per_second"]
+    left = limit / WANTED["tokens a second"]
+    wanted = f"at {WANTED['tokens a second']:,} tokens/s, all that {limit:.0f} W give"
+    rows = [
+        ["a token in training, measured", all_of_it],
+        [f"its {ours['flops_per_token'] / 1e9:.2f} GFLOP, at what a product of {product['size']}² takes", products],
+        ["the rest: operator, norms, activations, optimiser", all_of_it - products],
+        [wanted, left],
+        ["of that for the rest", left - products],
+    ]
+    return "\n\n".join(
+        [
+            table(["mJ", ""], [[name, f"{1e3 * joules:.2f}"] for name, joules in rows]),
+            f"The product runs at {product['power']['sm_mhz']:,.0f} MHz and {product['power']['watts']:.0f} W, a step "
+            f"at {ours['power']['sm_mhz']:,.0f} MHz and {ours['power']['watts']:.0f} W; without a limit the card runs "
+            f"at {ours['power']['most_sm_mhz']:,.0f} MHz. A step's FLOP/s are {ours['share_of_product']:.1%} of the "
+            "product's.",
+            told(result["about"]),
+        ]
+    )
 
 
 def _speed(result: Record) -> float:

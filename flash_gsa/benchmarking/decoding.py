@@ -53,7 +53,7 @@ def measure_decoding(
         if errors.problem:
             return record | {"problem": f"wrong: {errors.problem}"}
         states = some_states()
-        x = candidate.inputs(shape, place)
+        x = candidate.token_inputs(shape, place)
 
         def run() -> Any:
             # The results are kept to the end, so that no two steps write to one place.
@@ -66,7 +66,7 @@ def measure_decoding(
 
 
 def _step_errors(candidate: Implementation, shape: Shape, device: torch.device, state: torch.dtype) -> Errors:
-    x = candidate.inputs(shape, device)
+    x = candidate.token_inputs(shape, device)
     random = torch.Generator(device).manual_seed(2)
     start = torch.randn(shape.state_numbers, generator=random, device=device, dtype=state)
     token = {name: y[:, 0] for name, y in x.items()}

@@ -5,6 +5,7 @@ definition of what it computes, written to run in any precision. It is judged by
 """
 
 import importlib.util
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,10 @@ class Implementation:
         """Random inputs as a trained layer has them, the same for the same shape."""
         raise NotImplementedError
 
+    def token_inputs(self, shape: Shape, device: torch.device) -> Tensors:
+        """The same for `step`, of one token each."""
+        return self.inputs(replace(shape, T=1), device)
+
     def forward(self, x: Tensors, shape: Shape) -> Tensor:
         """o [B, T, HQ, V]."""
         raise NotImplementedError
@@ -64,7 +69,7 @@ class Implementation:
         return None
 
     def step(self, x: Tensors, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(o, new state) of one token: x as `inputs` of one token each; the state may be updated in its memory."""
+        """(o, new state) of one token: x as `token_inputs`; the state may be updated in its memory."""
         raise NotImplementedError
 
     def state(self, flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,8 @@ class Fla(Implementation):
     """`fla.ops.gsa.chunk_gsa`, and `fused_recurrent_gsa` for a single token.
 
     Its layer computes s = 1 - e^g itself and, for grouped queries, repeats k, v and the gates for every query head.
-    Both are done here before the clock starts.
+    Both are done here before the clock starts. A single token's are not repeated, which its layer does there too: its
+    kernel does without, with states as small as ours.
     """
 
     name = "fla"
@@ -142,10 +148,15 @@ class Fla(Implementation):
         return None if device.type == "cuda" else "its kernels need a GPU"
 
     def inputs(self, shape: Shape, device: torch.device) -> Tensors:
-        x = layer_inputs(shape, device)
-        x["s"] = -torch.expm1(x["g"]).to(x["k"].dtype)
-        group = shape.HQ // shape.H
+        x, group = self._ungrouped(shape, device), shape.HQ // shape.H
         return {name: y if name == "q" else y.repeat_interleave(group, 2) for name, y in x.items()}
+
+    def token_inputs(self, shape: Shape, device: torch.device) -> Tensors:
+        return self._ungrouped(replace(shape, T=1), device)
+
+    def _ungrouped(self, shape: Shape, device: torch.device) -> Tensors:
+        x = layer_inputs(shape, device)
+        return x | {"s": -torch.expm1(x["g"]).to(x["k"].dtype)}
 
     def forward(self, x: Tensors, shape: Shape) -> Tensor:
         from fla.ops.gsa import chunk_gsa

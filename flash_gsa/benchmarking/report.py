@@ -94,7 +94,7 @@ def ran(records: Iterable[Record]) -> list[Record]:
 
 
 def combined(result: Record, *later: Record) -> Record:
-    """One result of `bench op` of several: of what a later one has, its records: shapes, lengths, a process's start.
+    """One result of `bench op` of several: of what a later one has, its records: shapes, decoding, lengths, a start.
 
     A command that may take only so long measures a part, another one the others.
     """
@@ -103,7 +103,7 @@ def combined(result: Record, *later: Record) -> Record:
         labels = {record["shape"]["label"] for record in other["shapes"]}
         kept = [record for record in found["shapes"] if record["shape"]["label"] not in labels]
         found["shapes"] = kept + other["shapes"]
-        for part in ("lengths", "cold_start"):
+        for part in ("decoding", "lengths", "cold_start"):
             found[part] = ran(other[part]) or found[part]
     return found
 

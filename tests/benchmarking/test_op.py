@@ -4,9 +4,11 @@ import json
 import time
 
 import pytest
+import torch
 
 from flash_gsa.benchmarking import measurements, op
 from flash_gsa.benchmarking.decoding import measure_decoding
+from flash_gsa.benchmarking.implementations import implementation
 from flash_gsa.benchmarking.op import Options, benchmark
 from flash_gsa.benchmarking.shapes import SUITES, Shape
 from flash_gsa.benchmarking.worker import TookTooLong
@@ -215,3 +217,12 @@ def test_a_decoding_step_with_states_in_either_format(state):
     # What is not in the format of the state is not timed as if it were.
     near = {"float32": 1e-6, "bfloat16": 4e-3}[state]
     assert near / 100 < ours["errors"]["hk"][0] < near
+
+
+def test_one_token_for_fla_has_the_heads_of_its_state():
+    grouped, fla = Shape("grouped", 2, 70, HQ=4, H=2, K=8, V=6, M=3), implementation("fla")
+    heads = {name: x.shape[:3] for name, x in fla.token_inputs(grouped, torch.device("cpu")).items()}
+    assert heads == {"q": (2, 1, 4), "k": (2, 1, 2), "v": (2, 1, 2), "g": (2, 1, 2), "s": (2, 1, 2)}
+    hk, hv = fla.state(torch.zeros(grouped.state_numbers), grouped)
+    assert (hk.shape, hv.shape) == ((2, 2, 8, 3), (2, 2, 3, 6))
+    assert fla.inputs(grouped, torch.device("cpu"))["k"].shape == (2, 70, 4, 8)  # training has one for every query head

@@ -79,6 +79,7 @@ def test_what_another_command_measured_takes_its_place(monkeypatch):
     later["cold_start"][0]["first"]["seconds"] = 3.0
     first_length = later["lengths"][0]["shape"]["label"]
     later["lengths"] = later["lengths"][:1]
+    later["decoding"] = [later["decoding"][0] | {"seconds": 123e-6}]
     found = combined(whole, later)
     assert [r["shape"]["label"] for r in found["lengths"]] == [first_length]
     by_name = {row[0]: row for row in rows(summary(found))}
@@ -87,6 +88,8 @@ def test_what_another_command_measured_takes_its_place(monkeypatch):
     assert by_name["7B-4x4096"][-4:] == ["–", "–", "–", "3"]
     text = operator(found)
     assert "takes 3 s with empty caches" in text
+    assert [r["seconds"] for r in found["decoding"]] == [123e-6]
+    assert "| 123.0 |" in text
     assert [line.split("`")[1] for line in text.splitlines()[-3:] if line] == ["the first", "the second"]
     # A later one in which there was no time left says nothing of the start.
     later["cold_start"] = [later["cold_start"][0] | {"problem": "not run: no time left"}]

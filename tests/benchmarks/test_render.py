@@ -29,28 +29,6 @@ def test_blocks_that_share_a_file(name, tmp_path, monkeypatch):
     assert render.block(name) == "Not measured yet."
 
 
-def test_decoding_says_which_times_are_not_of_what_is_launched():
-    about = {"command": "a sweep", "date": "2026-11-25", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
-    time = {
-        "model": "1.3B",
-        "B": 8,
-        "state": "float32",
-        "before_us": 30.0,
-        "us": 20.0,
-        "floor_us": 16.0,
-        "copy_us": 18.0,
-    }
-    as_launched = time | {"stages": 6, "stages_timed": 6}
-    result = {"about": about | {"before": "old", "selection": "Chosen."}, "times": [as_launched]}
-    text = render.decode_gpu(result)
-    assert "| 1.3B | 8 | float32 | 30.0 | 20.0 | 16.0 | 1.25 | 18.0 |" in text
-    assert "µs before, `old`" in text
-    assert "\\*" not in text
-    text = render.decode_gpu(result | {"times": [as_launched, time | {"stages": 5, "stages_timed": 4}]})
-    assert text.count("| 20.0 |") == text.count(r"| 20.0\* |") == 1
-    assert "with 4 for 5." in text
-
-
 def test_gpu_tests_say_what_failed_and_was_skipped():
     about = {"command": "pytest", "date": "2026-11-25", "commit": "new", "device": "a GPU", "versions": {"torch": "2"}}
     result = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.step_table import between_products, step_bounds
+from benchmarks.step_table import between_products, step_bounds, step_energy
 from tests.benchmarks.test_bytes_table import ABOUT, rows
 
 LAYER = {"label": "1.3B-8x2048"}
@@ -44,6 +44,8 @@ OPERATOR = {
     ],
 }
 
+POWER = {"watts": 690.0, "limit_watts": 700.0, "power_capped": 0.9, "sm_mhz": 1410, "most_sm_mhz": 1980}
+
 
 def test_passes_at_the_speed_of_a_copy():
     text = between_products(TRAINED)
@@ -72,9 +74,20 @@ def test_the_floors_of_a_step_add_up():
     assert "together take 171 ms" in text
     assert "step 205." in text
     assert "drew" not in text
-    power = {"watts": 690.0, "limit_watts": 700.0, "power_capped": 0.9, "sm_mhz": 1410, "most_sm_mhz": 1980}
-    steps = [step | {"power": power} for step in TRAINED["steps"]]
-    said = step_bounds(TRAINED | {"steps": steps}, PROFILED, OPERATOR)
+    said = step_bounds(TRAINED, PROFILED | {"steps": [step("ours", 0.205) | {"power": POWER}]}, OPERATOR)
     assert "drew 690 of the 700 W that it may, at 1,410 MHz of 1,980; in 90% of the looks" in said
     for command in ("`bench train`", "`bench train with a profile`", "`bench op`"):
         assert command in text
+
+
+def test_what_a_power_limit_leaves():
+    ours = step("ours", 0.2) | {"power": POWER | {"joules": 1638.4}, "steps": 10}
+    ours |= {"flops_per_token": 8e9, "share_of_product": 0.75}
+    product = {"size": 8192, "flops_per_second": 5e14, "power": POWER | {"watts": 500.0, "sm_mhz": 1500}}
+    ceilings = TRAINED["ceilings"] | {"product": product}
+    text = step_energy(TRAINED | {"steps": [ours], "ceilings": ceilings})
+    found = {name: float(cells[0]) for name, cells in rows(text).items() if cells[0][:1].isdigit()}
+    # Of 10 mJ a token a product's 1 pJ a FLOP are 8; 700 W over 73,000 tokens are 9.59.
+    assert list(found.values()) == [10.0, 8.0, 2.0, 9.59, 1.59]
+    assert "at 1,500 MHz and 500 W, a step at 1,410 MHz and 690 W; without a limit the card runs at 1,980 MHz" in text
+    assert "75.0% of the product's" in text
