@@ -12,6 +12,7 @@ from ..ops import abc_gates_step, gated_slot_attention_step
 from ..ops.pointwise import log_gates, silu_each
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
+from .linear_attention import widened
 from .linears import normed_projection, projections
 from .norm import RMSNorm, SiluRMSNorm
 from .sequences import WholeSequences
@@ -193,7 +194,8 @@ class GatedSlotAttention(nn.Module):
                 v,
                 g,
                 s,
-                initial_state=state,
+                # A cache may keep it in bfloat16, which is for single tokens.
+                initial_state=None if state is None else (widened(state[0]), widened(state[1])),
                 output_final_state=cache is not None,
                 cu_seqlens=cu_seqlens,
             )

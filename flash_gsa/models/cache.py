@@ -6,22 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 
 class GSACache(MutableMapping[int, dict[str, Any]]):
     """One entry a layer, replaced whole by the layer at every forward pass.
 
-    A GSA layer's entry holds `state`: (hk [B, H, K, M], hv [B, H, M, V]) float32, and, where the layer has them, `conv`
+    A GSA layer's entry holds `state`: (hk [B, H, K, M], hv [B, H, M, V]), and, where the layer has them, `conv`
     (the last inputs of its short convolutions) and `normalizer` (ABC). One of gated linear attention (GLA, HGRN2,
     RetNet) holds `state` [B, H, K, V] float32, `conv` and, in RetNet, `seen` [B], the tokens so far. One of softmax
     attention holds `k`, `v` [B, L, H, D], `real` [B, L] (which of them are tokens; None: all) and `seen`. These
     grow with the sequence, up to the window; all others are of constant size.
 
     The methods are those that `transformers`' `generate()` calls.
+
+    Args:
+        state_dtype: in what GSA layers' states are kept, torch.float32 (None is the same) or torch.bfloat16: half the
+            memory and half the traffic of a token, right where slots remember up to some hundred tokens and not
+            beyond, see `flash_gsa.gated_slot_attention_step`. What other mixers keep, and float64, is left as it is.
+
+    Raises:
+        UsageError: another dtype.
     """
 
     is_compileable = False
 
-    def __init__(self) -> None:
+    def __init__(self, state_dtype: torch.dtype | None = None) -> None:
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise UsageError(f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype!r}")
+        self.state_dtype = state_dtype
         self._layers: dict[int, dict[str, Any]] = {}
         self._seen = 0
 
@@ -29,6 +42,10 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
         return self._layers[layer_idx]
 
     def __setitem__(self, layer_idx: int, entry: dict[str, Any]) -> None:
+        state = entry.get("state")
+        if self.state_dtype == torch.bfloat16 and isinstance(state, tuple):  # a pair is gated slot attention's
+            narrow = (x.to(torch.bfloat16) if x.dtype == torch.float32 else x for x in state)
+            entry = entry | {"state": tuple(narrow)}
         self._layers[layer_idx] = entry
 
     def __delitem__(self, layer_idx: int) -> None:
@@ -71,7 +88,7 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
         return self._mapped(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> "GSACache":
-        """The same contents on another device. (Not to another dtype: states are float32.)"""
+        """The same contents on another device. (Not to another dtype: that is `state_dtype`.)"""
         return self._mapped(lambda x: x.to(*args, **kwargs))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -91,7 +108,7 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
         self._layers, self._seen = {}, 0
 
     def _mapped(self, function) -> "GSACache":
-        new = GSACache()
+        new = GSACache(self.state_dtype)
         new._seen = self._seen
         new._layers = {i: {name: _map(x, function) for name, x in e.items()} for i, e in self.items()}
         return new

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flash_gsa import GSACache
+from flash_gsa.errors import UsageError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -100,3 +101,48 @@ def test_it_is_a_mapping_from_layers():
     assert (len(cache), cache.get_seq_length(), cache.get_max_cache_shape()) == (0, 4, -1)
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_states_in_bfloat16_are_half_as_large_and_nearly_the_same(tiny, ids):
+    model = tiny()
+    whole = model(ids).logits
+    found, sizes = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = GSACache(state_dtype=dtype)
+        # A piece, tokens one by one, and a piece again.
+        steps = [model(ids[:, :10], past_key_values=cache).logits]
+        steps += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)]
+        assert {x.dtype for entry in cache.values() for x in entry["state"]} == {dtype}
+        cache = cache.clone()
+        steps.append(model(ids[:, 20:], past_key_values=cache).logits)
+        assert {x.dtype for entry in cache.values() for x in entry["state"]} == {dtype}
+        found[dtype], sizes[dtype] = torch.cat(steps, dim=1), cache.nbytes()
+    assert sizes[torch.bfloat16] == sizes[torch.float32] / 2
+    torch.testing.assert_close(found[torch.float32], whole, **CLOSE)
+    off = (found[torch.bfloat16] - whole).norm() / whole.norm()
+    assert 1e-5 < off < 2e-2
+
+
+@torch.no_grad()
+def test_generation_with_states_in_bfloat16(tiny, ids):
+    model = tiny()
+    cache = GSACache(state_dtype=torch.bfloat16)
+    known = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, num_beams=2)
+    assert known.shape == (2, ids.shape[1] + 8)
+    assert {x.dtype for entry in cache.values() for x in entry["state"]} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_what_is_not_a_float32_pair_stays_as_it_is(tiny, ids):
+    cache = GSACache(state_dtype=torch.bfloat16)
+    tiny().double()(ids, past_key_values=cache)
+    assert {x.dtype for entry in cache.values() for x in entry["state"]} == {torch.float64}
+    cache = GSACache(state_dtype=torch.bfloat16)
+    tiny(token_mixer="retnet")(ids, past_key_values=cache)
+    assert {entry["state"].dtype for entry in cache.values()} == {torch.float32}
+
+
+def test_other_formats_of_states_are_refused():
+    with pytest.raises(UsageError, match=r"must be torch.float32 or torch.bfloat16, got torch.float16"):
+        GSACache(state_dtype=torch.float16)
