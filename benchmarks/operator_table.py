@@ -58,7 +58,7 @@ def summary(result: dict[str, Any]) -> str:
     others = [n for n in STYLES if n != "auto" and any(_timed(records.get(n)) for records in shapes.values())]
     in_graphs = any(record.get("in_graph") for records in shapes.values() for record in records.values())
     header = ["forward + backward, ms", NAMES["auto"], *(cell for n in others for cell in (NAMES[n], ""))]
-    header += [*(f"{NAMES[name]}, in a CUDA graph" for name in IN_GRAPH), ""] if in_graphs else []
+    header += [*(f"{NAMES[name]}, in a CUDA graph" for name in ("auto", "fla")), ""] if in_graphs else []
     header += ["MiB"]
     rows = []
     for label, records in shapes.items():
@@ -68,7 +68,7 @@ def summary(result: dict[str, Any]) -> str:
             record = records.get(name)
             row += [_cell(record, key), _times_faster(_timed(records["auto"]), _timed(record), key)]
         if in_graphs:
-            own, other = (records.get(name, {}).get("in_graph") for name in IN_GRAPH)
+            own, other = (records.get(name, {}).get("in_graph") for name in ("auto", "fla"))
             row += [
                 *(milliseconds(cost[key]) if cost else "–" for cost in (own, other)),
                 _times_faster(own, other, key),
@@ -147,6 +147,8 @@ def _bound_by_launches(one: dict[int, dict[str, Any]]) -> list[str]:
 def _in_graphs(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The same times in CUDA graphs, where no processor is waited for; and why there are none."""
     rows, problems = [], []
+    timed = {name for records in shapes.values() for name, record in records.items() if record.get("in_graph")}
+    names = [name for name in IN_GRAPH if name in timed]
     for label, records in shapes.items():
         costs = {name: record.get("in_graph") for name, record in records.items()}
         problems += [
@@ -157,10 +159,10 @@ def _in_graphs(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
         if not costs["auto"]:
             continue
         for passes, key in PASSES:
-            cells = [milliseconds(costs[name][key]) if costs.get(name) else "–" for name in IN_GRAPH]
+            cells = [milliseconds(costs[name][key]) if costs.get(name) else "–" for name in names]
             title = label if key == "forward" else ""
             rows.append([title, passes, *cells, _times_faster(costs["auto"], costs.get("fla"), key)])
-    header = ["ms, in a CUDA graph", "", *(NAMES[name] for name in IN_GRAPH), f"faster than {NAMES['fla']}"]
+    header = ["ms, in a CUDA graph", "", *(NAMES[name] for name in names), f"faster than {NAMES['fla']}"]
     return "\n\n".join([*([table(header, rows)] if rows else []), *([" ".join(problems)] if problems else [])])
 
 

@@ -18,7 +18,7 @@ from .shapes import SUITES, Shape, Suite
 from .worker import Failed, TookTooLong, Worker
 
 PARTS = ("ceilings", "shapes", "layer", "decoding", "lengths", "cold_start")
-IN_GRAPH = ("auto", "fla")
+IN_GRAPH = ("auto", "fla", "sdpa-cudnn", "sdpa-flash")
 """Timed in a CUDA graph too, where a slow processor bounds neither."""
 
 Result = dict[str, Any]

@@ -6,6 +6,7 @@ without TRITON_INTERPRET=1, this file is one test that starts it.
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from flash_gsa import gated_linear_attention
 
 from . import judge, rounding
 from . import test_linear as linear
-from .helpers import Case, Tensors, call, check, make, rounded, run, trained, with_gradients
+from .helpers import EPS, Case, Tensors, call, check, make, rounded, run, trained, with_gradients
 from .interpreter import run_in_interpreter
+from .test_gpu_numerics import strong
+from .test_invariants import cut
+from .test_strong_gates import gates
 
 pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
@@ -66,6 +70,18 @@ def forgetting(place: str, g: torch.Tensor, BT: int) -> torch.Tensor:
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def last_program_first(monkeypatch) -> None:
+    """Let the interpreter run the programs of a launch from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    choose = builder.set_grid_idx
+
+    def from_the_end(*program):
+        choose(*(n - 1 - i for n, i in zip(builder.grid_dim, program, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
 
 
 @pytest.fixture
@@ -123,6 +139,30 @@ else:
     def test_values_and_gradients(case):
         x = make(case)
         check(run("triton", x, case), x, case)
+
+    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @given(data=st.data())
+    def test_any_shape_packing_and_gates(data):
+        T, H = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 2))
+        cuts = data.draw(st.none() | st.lists(st.integers(0, T), max_size=2).map(sorted))
+        case = Case(
+            T=T,
+            B=data.draw(st.integers(1, 2)),
+            HQ=H * data.draw(st.integers(1, 2)),
+            H=H,
+            K=data.draw(st.integers(1, 40)),
+            V=data.draw(st.integers(1, 40)),
+            M=data.draw(st.integers(1, 20)),
+            strength=data.draw(st.booleans()),
+            state=data.draw(st.booleans()),
+            scale=data.draw(st.sampled_from([1.0, 0.25, -1.0])),
+            lengths=None if cuts is None else tuple(end - start for start, end in pairwise((0, *cuts, T))),
+        )
+        x = make(case, seed=data.draw(st.integers(0, 9)))
+        place = data.draw(st.integers(0, T - 1))
+        x["g"][:, place : place + data.draw(st.integers(1, 40))] *= data.draw(st.sampled_from([0.0, 1.0, 8.0, 800.0]))
+        print(case)
+        judge.verdict(run("triton", x, case), x, case)
 
     @pytest.mark.parametrize(
         "case",
@@ -266,20 +306,80 @@ else:
         x["g"][:, 5:9, :, 1] = x["g"][:, 17] = value
         check(run("triton", x, case), x, case)
 
-    def test_what_comes_later_changes_no_bit():
-        case = replace(SMALL, HQ=1)
+    @pytest.mark.parametrize(
+        "case",
+        [replace(SMALL, HQ=1), Case(lengths=(0, 33, 6), HQ=2, H=1, K=5, V=4, M=3, strength=True)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", ["all 0", "all -1e30", "all -inf", "alternating -inf", "slot 0", "anything"])
+    def test_gates_without_measure(case, name):
         x = make(case)
-        x["g"][:, 4, :, 0] = -70.0
+        x["g"] = strong(name, x["g"]) if name == "anything" else gates(name, x["g"])
+        check(run("triton", x, case), x, case)
+
+    @pytest.mark.parametrize("name", ["all -0.01", "all -50", "alternating -1e30"])
+    def test_saturated_softmax(name):
+        x = make(SMALL)
+        x["g"], x["q"] = gates(name, x["g"]), x["q"] * 1e4
+        check(run("triton", x, SMALL), x, SMALL, units=10**4)  # units of a score, where one decides
+
+    @pytest.mark.parametrize("before", ["gentle", "a strong gate"])
+    @pytest.mark.parametrize("changed", ["qkvg", "q", "k", "v", "g"])
+    @pytest.mark.parametrize(
+        ("C", "BT", "T", "offsets"), [(32, 32, 40, (1, 7, 16, 31, 32, 33, 39)), (64, 32, 70, (31, 32, 33, 63, 64, 65))]
+    )
+    def test_what_comes_later_changes_no_bit(monkeypatch, C, BT, T, offsets, changed, before):
+        chunks_of(C, BT, monkeypatch)
+        case = Case(T=T, B=1, HQ=1, H=1, K=5, V=4, M=3)
+        x = make(case)
+        if before != "gentle":
+            x["g"][:, 4, :, 0] = -70.0
         with torch.no_grad():
             o = call("triton", x, case)[0]
-            for t in (7, 35):
+            for t in offsets:
                 y = {name: tensor.clone() for name, tensor in x.items()}
-                for name in "qkv":
-                    y[name][:, t:] *= -3
-                y["g"][:, t:] = -30.0
-                changed = call("triton", y, case)[0]
-                assert torch.equal(o[:, :t], changed[:, :t])
-                assert not torch.equal(o[:, t:], changed[:, t:])
+                for name in changed:
+                    y[name][:, t:] = -1e30 if changed == "g" else -30.0 if name == "g" else -3 * x[name][:, t:]
+                after = call("triton", y, case)[0]
+                assert torch.equal(o[:, :t], after[:, :t]), t
+                assert not torch.equal(o[:, t:], after[:, t:]), t
+
+    @pytest.mark.parametrize("bounds", [(0, 1, 40, 70), (0, 32, 32, 64, 70)])
+    def test_pieces_carried_through_states_are_one_pass(bounds):
+        case = Case(T=70, B=1, HQ=2, H=1, K=8, V=5, M=3)
+        x = make(case)
+        x["g"][:, 50, :, 1] = -200.0
+
+        def in_pieces(z):
+            outputs, state = [], (z["hk"], z["hv"])
+            for start, end in pairwise(bounds):
+                piece = cut(z, start, end) | {"hk": state[0], "hv": state[1]}
+                o, *state = call("triton", piece, replace(case, T=end - start))
+                outputs.append(o)
+            return torch.cat(outputs, dim=1), *state
+
+        pieces = with_gradients(in_pieces, x)
+        for name, want in run("triton", x, case).items():
+            size = float(want.abs().max())
+            torch.testing.assert_close(pieces[name], want, rtol=64 * EPS, atol=64 * EPS * size, msg=name)
+
+    @pytest.mark.parametrize(
+        "case", [SMALL, Case(lengths=(33, 0, 7), HQ=1, H=1, K=5, V=4, M=3, strength=True)], ids=str
+    )
+    def test_two_runs_give_the_same_bits(monkeypatch, case):
+        """The interpreter alone would repeat itself: a third run finds NaN in memory, and its last programs first."""
+        x = make(case)
+        x["g"][:, 20] = -1e6
+        first, second = run("triton", x, case), run("triton", x, case)
+        last_program_first(monkeypatch)
+        torch.use_deterministic_algorithms(True)  # which fills memory with NaN
+        try:
+            third = run("triton", x, case)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for name, want in first.items():
+            assert torch.equal(second[name], want), name
+            assert torch.equal(third[name], want), name
 
     @pytest.mark.parametrize("case", [SMALL, Case(lengths=(0, 3, 37), HQ=1, H=1, strength=True)], ids=str)
     def test_recomputed_states_give_the_same_bits(case):
