@@ -79,10 +79,10 @@ class Suite:
     `most_tokens` holds up to where an implementation is timed that would take too long beyond, `families` the names of
     shapes at which one is timed, unless it is asked for.
     `sweep` gives the sizes for time against length: at `lengths` with one sequence, and with as many as make
-    `tokens`; calls of up to `graph_tokens` are timed in a CUDA graph, too, there ours alone. States of the decoding steps in
-    `decodings` are taken in turn from `rotated_bytes`. `implementations` are what is measured unless named, where
-    "backends" stands for every backend of the operator but the reference; `layer_implementations` are the ways to run a
-    layer; `sweep_implementations` those timed against length. `budget` is in seconds.
+    `tokens`; calls of up to `graph_tokens` are timed in a CUDA graph, too, there ours alone. States of the decoding
+    steps in `decodings` are taken in turn from `rotated_bytes`. `implementations` are what is measured unless named,
+    where "backends" stands for every backend of the operator but the reference; `layer_implementations` are the ways to
+    run a layer; `sweep_implementations` those timed against length. `budget` is in seconds.
     """
 
     shapes: tuple[Shape, ...]
