@@ -46,7 +46,8 @@ def _lines(name: str) -> list[str]:
     rows = []
     for count in (1,) if recipe.engine.kind == "single" else COUNTS:
         run, said = _fitting(recipe, count, size)
-        time = duration(run.seconds((one if count == 1 else several) * peak) or 0)
+        share = one if count == 1 else several[run.micro_batches > 1]
+        time = duration(run.seconds(share * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
     if recipe.engine.kind == "single":
         origin = [origin[0], origin[1].partition(", and at")[0] + "."]
@@ -107,24 +108,29 @@ def _section(values: dict[str, str]) -> str:
     return f"engine={{{', '.join(f'{name}: {value}' for name, value in values.items())}}}"
 
 
-def _shares(name: str) -> tuple[float, float, list[str]]:
-    """Of a GPU's peak, where it is alone and where it is not, and where that is from."""
-    runs = [run for run in _result("scaling")["runs"] if run.get("mfu")]
-    most = max(run["micro_batches"] for run in runs if run["processes"] > 1)  # the nearest to a recipe's steps
+def _shares(name: str) -> tuple[float, dict[bool, float], list[str]]:
+    """Of a GPU's peak, where it is alone and where it is not (with several micro-batches a step, and with one), and
+    where that is from."""
+    runs = [run for run in _result("scaling")["runs"] if run.get("mfu") and run.get("row") is None]
+    most = max(run["micro_batches"] for run in runs if run["processes"] > 1)  # the nearest to many
     alone, *_ = (run["mfu"] for run in runs if run["processes"] == 1 and run["micro_batches"] == most)
-    beside = max(run["mfu"] for run in runs if run["processes"] > 1 and run["micro_batches"] == most)
+    beside = {
+        count > 1: max(run["mfu"] for run in runs if run["processes"] > 1 and run["micro_batches"] == count)
+        for count in (1, most)
+    }
     origin, one = "scaling", alone
     if name in SIZES:
         origin = SIZES[name]
         one, *_ = (r["mfu"] for r in _result(origin)["steps"] if r["implementation"] == "ours" and r.get("mfu"))
-    several = one * beside / alone
+    several = {many: one * share / alone for many, share in beside.items()}
     return (
         one,
         several,
         [
             f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one, as measured on an",
-            f"  {_device(origin)} (benchmarks/results/{origin}.json), and at {several:.0%} on several, as two",
-            f"  {_device('scaling')} of one machine reach with the 1.3B under FSDP2 (scaling.json).",
+            f"  {_device(origin)} (benchmarks/results/{origin}.json), and at {several[True]:.0%} on several, or",
+            f"  {several[False]:.0%} where a step is one micro-batch, as two {_device('scaling')} of one machine",
+            "  reach with the 1.3B under FSDP2 (scaling.json); what slower links between machines take is not in it.",
         ],
     )
 

@@ -5,7 +5,8 @@
 Each configuration runs in processes of its own, by torchrun: a shipped recipe's model, engine, loss and optimiser, on
 packed rows of made-up documents, read from a store as a run reads them. Every process computes as many rows at once,
 and as often a step, as the one process does, so that twice the tokens a second is the best that two can do. The last
-two are one row, too long for one GPU, first on one and then cut over all.
+are one row, too long for one GPU, first on one, then cut over all; and on one that computes all blocks again in the
+backward, which fits and takes the same steps: their first loss and gradient norm are to agree.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from flash_gsa.training.trainer import step_loss
 WARM, TIMED = 4, 12
 VOCABULARY = 32_000
 ONE, REPLICAS, SHARDED = "engine={kind: single}", "engine={kind: ddp}", "engine={kind: fsdp2}"
+AGAIN = "engine={kind: single, checkpointing: all}"
 BY_STEP, CUT = "engine={kind: fsdp2, reshard_after: step}", "engine={kind: fsdp2, context: PROCESSES}"
 # Name, processes (2 stands for those that were asked for), micro-batches a step, engine, and where a step is one row,
 # its tokens: as many times those that a process computes at once elsewhere, and times the processes asked for. A step
@@ -50,6 +52,7 @@ CONFIGURATIONS = (
     ("FSDP2, `reshard_after: step`", 2, 4, BY_STEP, None),
     ("a row twice as long, one GPU", 1, 1, ONE, 2),
     ("a row twice as long, cut over all (`context`), FSDP2", 2, 1, CUT, 2),
+    ("a row twice as long, one GPU, `checkpointing: all`", 1, 1, AGAIN, 2),
 )
 
 
@@ -87,7 +90,7 @@ def measure(folder: Path, recipe_name: str, overrides: list[str]) -> dict[str, A
     batches = PackedBatches(Part(store), length=recipe.batch.length, rows=recipe.batch.rows, seed=0)
     groups, group = engine.ranks // engine.context, engine.rank // engine.context
     feed = Feed(batches, [slice(r, r + rows) for r in ((i * groups + group) * rows for i in range(count))])
-    seconds, waits = [], []
+    seconds, waits, first = [], [], None
     for step in range(WARM + TIMED):
         began = time.monotonic()
         micro = feed.take()
@@ -98,6 +101,7 @@ def measure(folder: Path, recipe_name: str, overrides: list[str]) -> dict[str, A
             losses.append(engine.accumulate(step_loss, on_device, scored, last=i == len(micro) - 1))
         outcome = engine.update(losses, recipe.optimizer.lr, recipe.optimizer.clip, seconds=0.0, stop=False)
         assert outcome.finite
+        first = first or outcome
         if step >= WARM:
             seconds.append(time.monotonic() - began)
             waits.append(feed.seconds)
@@ -114,6 +118,8 @@ def measure(folder: Path, recipe_name: str, overrides: list[str]) -> dict[str, A
         "peak_bytes": memory,
         "data_share": sum(waits) / sum(seconds),
         "loss": outcome.loss,
+        "first_loss": first.loss,
+        "first_gradient_norm": first.norm,
     }
     is_main = engine.is_main
     engine.close()

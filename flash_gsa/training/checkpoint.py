@@ -111,11 +111,13 @@ def save_checkpoint(
     pieces: Mapping[str, Piece],
     state: Mapping[str, Any],
     keep: int,
+    keep_every: int | None = None,
     sharded: bool = False,
     rank: int = 0,
     ranks: int = 1,
 ) -> Path:
-    """Writes `checkpoints/step-{step:08d}`, then deletes all but the `keep` newest checkpoints.
+    """Writes `checkpoints/step-{step:08d}`, then deletes all but the `keep` newest checkpoints and those whose step is
+    a multiple of `keep_every`.
 
     `begin_checkpoint` comes first, in the main process. Where tensors are `sharded` every process calls this one, else
     only the main process does.
@@ -162,8 +164,9 @@ def save_checkpoint(
             _remove(final)
         writing.rename(final)
         _flush(parent)
-    for _, older in _folders(run_dir)[:-keep]:
-        _remove(older)
+    for number, older in _folders(run_dir)[:-keep]:
+        if keep_every is None or number % keep_every:
+            _remove(older)
     return final
 
 
@@ -327,7 +330,7 @@ def check_space(run_dir: Path, needed: int) -> None:
     if free < needed:
         raise UsageError(
             f"{run_dir} has {_size(free)} free, and the checkpoints of this run need {_size(needed)}. "
-            "Free some space, lower checkpoints.keep, or set output_dir to another disk."
+            "Free some space, keep fewer (checkpoints.keep, checkpoints.keep_every), or set output_dir to another disk."
         )
 
 

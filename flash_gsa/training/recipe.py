@@ -311,7 +311,19 @@ class CheckpointSection(Section):
     """When to write checkpoints (one is also written at the end) and how many to keep."""
 
     every: Positive = Field(description="steps between checkpoints")
-    keep: Positive = 2
+    keep: Positive = Field(2, description="how many of the newest to keep")
+    keep_every: Positive | None = Field(
+        None, description="beside the newest, those of every so many steps are never deleted; a multiple of every"
+    )
+
+    @model_validator(mode="after")
+    def _there_are_such(self) -> "CheckpointSection":
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoints.keep_every={self.keep_every} must be a multiple of checkpoints.every={self.every}: "
+                "between those there are no checkpoints"
+            )
+        return self
 
 
 class LoggingSection(Section):

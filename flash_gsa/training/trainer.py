@@ -359,6 +359,7 @@ class _Run:
                 "spikes": self.spikes.state_dict(),
             },
             keep=self.recipe.checkpoints.keep,
+            keep_every=self.recipe.checkpoints.keep_every,
             sharded=engine.sharded,
             rank=engine.rank,
             ranks=engine.ranks,
@@ -408,9 +409,12 @@ class _Run:
 
     def _check_space(self) -> None:
         # fp32 weights and two moments each, for the checkpoints that are kept and the one being written.
-        one = 12 * self.size
-        present = self.recipe.checkpoints.keep if self.checkpoint else 0
-        check_space(self.run_dir, one * (self.recipe.checkpoints.keep + 1 - present))
+        one, section = 12 * self.size, self.recipe.checkpoints
+        present = section.keep if self.checkpoint else 0
+        # A timed run does not know yet how many it will leave for good.
+        end, apart = self.length.total_steps, section.keep_every
+        for_good = 0 if apart is None or end is None else end // apart - self.step // apart
+        check_space(self.run_dir, one * (section.keep + 1 - present + for_good))
 
     def _stop(self, what: str, index: int = -1, batch: Batch | str | None = None, everywhere: bool = False) -> NoReturn:
         self._tell_saved(self.writer.wait())

@@ -70,6 +70,14 @@ def test_keeps_the_newest(tmp_path):
     assert latest_checkpoint(tmp_path).folder.name == "step-00004000"
 
 
+def test_some_are_kept_for_good(tmp_path):
+    for step in range(10, 80, 10):
+        save(tmp_path, step, keep=1, keep_every=30)
+    assert present(tmp_path) == ["step-00000030", "step-00000060", "step-00000070"]
+    save(tmp_path, 80, keep=1)
+    assert present(tmp_path) == ["step-00000080"]
+
+
 def test_no_checkpoint_yet(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 

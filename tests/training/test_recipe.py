@@ -134,6 +134,10 @@ REFUSED = [
         r"layer 0 is softmax attention, which has no state.* Leave it out \(engine\.context of a recipe\)",
     ),
     (["engine.kind=zero3", "precision=pure_bf16"], r"engine\.kind=zero3 keeps fp32 weights .* use precision=bf16"),
+    (
+        ["checkpoints={every: 4, keep_every: 10}"],
+        r"checkpoints\.keep_every=10 must be a multiple of checkpoints\.every=4: between those there are no",
+    ),
     (["engine.replicas=2"], r"engine\.replicas goes with engine\.kind=hsdp"),
     (["seed"], r"'seed' is not an override: expected key\.path=value"),
     (["seed=[1"], r"The value in 'seed=\[1' is not YAML"),

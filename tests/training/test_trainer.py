@@ -550,6 +550,48 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_recipe):
     assert (caught.value.step, caught.value.checkpoint) == (3, None)
 
 
+class Spiking(Engine):
+    """An engine that tells of a loss 20 nats higher at its `call`-th step."""
+
+    def __init__(self, call):
+        super().__init__("cpu")
+        self.left = call
+
+    def update(self, *args, **options):
+        self.left -= 1
+        outcome = super().update(*args, **options)
+        return replace(outcome, loss=outcome.loss + 20) if self.left == 0 else outcome
+
+
+def test_a_spike_is_told_changes_nothing_and_is_seen_by_a_resumed_run_too(make_recipe, tmp_path):
+    def run(name, *calls):
+        """Of engines that spike at their `calls`-th step, the first but for the last stopped after step 22."""
+        recipe, told = make_recipe("schedule.steps=30", f"output_dir={tmp_path}/{name}"), []
+        for call in calls:
+            stop = At(22, send(signal.SIGTERM)) if call != calls[-1] else None
+
+            def listen(event, stop=stop):
+                told.extend([event.record] if isinstance(event, events.Spiked) else [])
+                if stop:
+                    stop(event)
+
+            result = train(recipe, engine=Spiking(call), on_event=listen)
+        lines = [r for r in read_metrics(result.run_dir / "metrics.jsonl") if r["kind"] == "spike"]
+        assert [dict(r) for r in told] == lines
+        return lines, weights(result)
+
+    (calm, plain), (once, spiked), (later, resumed) = run("calm", 99), run("once", 25), run("later", 98, 25 - 22)
+    assert calm == []
+    (line,) = once
+    assert (line["step"], line["batch"]) == (25, 24)
+    assert line["loss"] > line["limit"] > line["expected"]
+    # The losses before the stop are in the checkpoint: without them 8 steps are too few to tell.
+    timeless = [{key: value for key, value in r.items() if key != "seconds"} for r in (line, *later)]
+    assert timeless[1:] == timeless[:1]
+    for other in (spiked, resumed):
+        assert all(torch.equal(other[name], plain[name]) for name in plain)
+
+
 def test_accumulation_weighs_every_token_the_same(make_recipe, tmp_path):
     """Rows of one batch or of four: the same stream of tokens, so the same loss and gradient but for rounding.
 
@@ -596,6 +638,16 @@ def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
     assert_same(train(harmless), uninterrupted)
     fresh = train(make_recipe("schedule.steps=3"), existing="overwrite")
     assert (fresh.step, checkpoints(fresh.run_dir)) == (3, ["step-00000003"])
+
+
+def test_checkpoints_that_stay(make_recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer, "check_space", lambda run_dir, needed: asked.append(needed))
+    result = train(make_recipe("schedule.steps=11", "checkpoints={every: 2, keep: 1, keep_every: 4}"))
+    assert checkpoints(result.run_dir) == ["step-00000004", "step-00000008", "step-00000011"]
+    # Two at once, and two for good.
+    (checkpoints_asked_for,) = {needed / (12 * sum(w.numel() for w in weights(result).values())) for needed in asked}
+    assert checkpoints_asked_for == 4
 
 
 def test_a_recipe_mended_before_the_first_checkpoint_starts(make_recipe, tmp_path):
