@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ def metered(device: torch.device) -> Iterator[dict[str, Any]]:
         capped.append(bool(reasons & nvml.nvmlClocksThrottleReasonSwPowerCap))
 
     def look_again() -> None:
-        while not over.wait(INTERVAL):
-            look()
+        with suppress(nvml.NVMLError):
+            while not over.wait(INTERVAL):
+                look()
 
     try:
         nvml.nvmlInit()
@@ -62,11 +63,12 @@ def metered(device: torch.device) -> Iterator[dict[str, Any]]:
     try:
         yield found
     finally:
-        seconds = time.perf_counter() - start
-        joules = (nvml.nvmlDeviceGetTotalEnergyConsumption(card) - before) / 1e3
+        seconds, joules = time.perf_counter() - start, None
+        with suppress(nvml.NVMLError):  # a card that stops telling has not been measured
+            joules = (nvml.nvmlDeviceGetTotalEnergyConsumption(card) - before) / 1e3
         over.set()
         looking.join()
-    if clocks:
+    if clocks and joules is not None:
         found |= {
             "seconds": seconds,
             "joules": joules,

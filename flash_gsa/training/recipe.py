@@ -4,6 +4,7 @@ Types and limits of single values are stated here, and so is what contradicts wh
 overrides and readable messages: `recipe_file.py`.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -80,6 +81,17 @@ class TextData(Section):
         plain = [source for source in self.source if isinstance(source, str)]
         weighted = [source for source in self.source if isinstance(source, WeightedSource)]
         return weighted or [WeightedSource(source=plain, weight=1.0, name=None)]
+
+    @model_validator(mode="after")
+    def _some_text(self) -> "TextData":
+        given: dict[str, Any] = {"data.source": self.source, "data.valid_source": self.valid_source}
+        for i, entry in enumerate(self.source):
+            if isinstance(entry, WeightedSource):
+                given[f"data.source.{i}.source"] = entry.source
+        for key, value in given.items():
+            if value == []:
+                raise ValueError(f"{key} is an empty list: name at least one source of text")
+        return self
 
     @model_validator(mode="after")
     def _one_held_out(self) -> "TextData":
@@ -380,6 +392,8 @@ class Recipe(Section):
         for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
             if name in self.model:
                 raise ValueError(f"model.{name} is taken from {origin}; leave it out")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise ValueError(f"device={self.device!r} is not a device: expected auto, cpu, cuda or cuda:0")
         if self.engine.kind in ("zero2", "zero3") and self.precision == "pure_bf16":
             raise ValueError(
                 f"engine.kind={self.engine.kind} keeps fp32 weights beside the bf16 ones; use precision=bf16, or "

@@ -88,6 +88,15 @@ def test_without_a_meter_nothing_is_found(why, monkeypatch):
     assert found == {}
 
 
+@pytest.mark.parametrize("what", ["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetClockInfo"])
+def test_a_card_that_stops_telling_is_not_measured(what, monkeypatch):
+    with_card(monkeypatch, Card())
+    with power.metered(GPU) as found:
+        monkeypatch.setattr(sys.modules["pynvml"], what, lambda *_: Card(tells=False).nvmlInit())
+        time.sleep(0.1)
+    assert found == {}
+
+
 @pytest.mark.gpu
 def test_a_card_that_is_there():
     pytest.importorskip("pynvml")
