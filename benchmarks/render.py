@@ -32,6 +32,7 @@ BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FILES = {
     "op_gpu-summary": "op_gpu",
     "train_gpu-summary": "train_gpu",
+    "train_gpu_power-summary": "train_gpu_power",
     "operator_memory": "operator_bytes",
     "between_products": "train_gpu",
     "step_bounds": "train_gpu",
@@ -346,6 +347,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "drift": drift,
     "train_gpu": training,
     "train_gpu-summary": training_summary,
+    "train_gpu_power-summary": training_summary,
     "train_gpu_variants": training,
     "train_gpu_profile": training,
     "train_gpu_power": training,

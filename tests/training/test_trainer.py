@@ -275,15 +275,28 @@ def test_resumes_after_kill_9(make_recipe, uninterrupted, tmp_path, moment, left
     assert checkpoints(tmp_path / "run") == ["step-00000008", "step-00000012"]
 
 
+SMALL = ("batch={rows: 1, length: 16}",)
+# What kernels are made for: heads of 128, 64 slots, rows of several chunks and segments, several micro-batches.
+AS_MODELS_ARE = (
+    "model={hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_heads: 2, num_slots: 64}",
+    "batch={rows: 4, length: 1024, micro_rows: 2}",
+    "optimizer.lr=1e-3",
+)
+
+
 @pytest.mark.timeout(2000)  # a disk that takes its time over 100 checkpoints
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize(
-    ("device", "kills", "steps", "every"),
-    [("cpu", 20, 400, 4), pytest.param("cuda", 3, 800, 16, marks=[pytest.mark.gpu, pytest.mark.long])],
+    ("device", "kills", "steps", "every", "sizes"),
+    [
+        ("cpu", 20, 400, 4, SMALL),
+        pytest.param("cuda", 3, 800, 16, SMALL, marks=[pytest.mark.gpu, pytest.mark.long]),
+        pytest.param("cuda", 3, 200, 16, AS_MODELS_ARE, marks=[pytest.mark.gpu, pytest.mark.long]),
+    ],
 )
-def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps, every):
+def test_kills_at_random_change_no_bit(make_recipe, tmp_path, device, kills, steps, every, sizes):
     more = (f"schedule.steps={steps}", f"checkpoints.every={every}", "evaluation.every=200", f"device={device}")
-    more += ("batch={rows: 1, length: 16}",)
+    more += sizes
     # In a process of its own: those that are killed are forks, and must not inherit a device in use.
     whole = [sys.executable, "-m", "flash_gsa", "train", str(tmp_path / "tiny.yaml"), *more]
     make_recipe()
