@@ -218,7 +218,18 @@ def gpu_tests(result: dict[str, Any]) -> str:
     why = "".join(f"; {count} skipped ({reason})" for reason, count in skipped.items())
     failed = f"{counts['failed']:,} failed, " if counts.get("failed") else ""
     outcome = f"{failed}{counts['passed']:,} passed{why} in {minutes(result['seconds'])}."
-    return "\n\n".join([outcome, told(result["about"])])
+    parts = [outcome]
+    if errors := result.get("errors"):
+        heads = ["error, of plain PyTorch's", "", "compared", "median", "largest", "above 2", "largest, of allowed"]
+        rows = [
+            [
+                *(f"{e['format']}" if e["format"] != before else "", f"`{e['result']}`", f"{e['compared']:,}"),
+                *(f"{e['median']:.2f}", f"{e['largest']:.2f}", f"{e['above_2']:,}", f"{e['largest_of_allowed']:.2f}"),
+            ]
+            for e, before in zip(errors, [None, *(e["format"] for e in errors)], strict=False)
+        ]
+        parts.append(table(heads, rows))
+    return "\n\n".join([*parts, told(result["about"])])
 
 
 def context_parallel(result: dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """A pytest plugin: `--record FILE` keeps what a test run was and how it ended, as a result file (`make test-gpu`).
 
 The file says of the run: device, versions, commit, date and command; how many tests passed, failed and were skipped, in
-all and by file; every failure with its last words; why tests were skipped; how long it took, and which were slowest.
+all and by file; every failure with its last words; why tests were skipped; how long it took, and which were slowest;
+and of what tests say was compared with float64 (a property "errors", see tests/ops/conftest.py) how near it was.
 Beside it FILE.log names every test with its outcome and seconds.
 """
 
 import json
+import statistics
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -44,9 +46,14 @@ class Recorder:
         self.failures: dict[str, str] = {}
         self.skipped: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.errors: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
+        if report.when == "teardown":  # by then a test has said all
+            for name, value in report.user_properties:
+                for kind, what, of_plain, of_allowed in value if name == "errors" else ():
+                    self.errors[kind, what].append((of_plain, of_allowed))
         if report.failed:
             self._failed(report)
         elif report.skipped:
@@ -70,6 +77,7 @@ class Recorder:
             "by_file": self._by_file(),
             "failed": self.failures,
             "skipped": dict(self.skipped.most_common()),
+            "errors": self._errors(),
             "slowest": [{"test": test, "seconds": round(seconds, 2)} for test, seconds in slowest],
         }
         path: Path = self.config.getoption("record")
@@ -77,6 +85,25 @@ class Recorder:
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         log = "".join(f"{how:7} {self.seconds[test]:7.2f} s  {test}\n" for test, how in sorted(self.outcomes.items()))
         path.with_suffix(".log").write_text(log, encoding="utf-8")
+
+    def _errors(self) -> list[dict[str, Any]]:
+        """By format of the inputs and result: how often it was compared, its error in units of plain PyTorch's, how
+        often that was above 2, and the largest share of what is allowed."""
+        found = []
+        for (kind, what), pairs in sorted(self.errors.items()):
+            of_plain = [of_plain for of_plain, _ in pairs]
+            found.append(
+                {
+                    "format": kind,
+                    "result": what,
+                    "compared": len(pairs),
+                    "median": statistics.median(of_plain),
+                    "largest": max(of_plain),
+                    "above_2": sum(x > 2 for x in of_plain),
+                    "largest_of_allowed": max(of_allowed for _, of_allowed in pairs),
+                }
+            )
+        return found
 
     def _failed(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         self.outcomes[report.nodeid] = "failed"

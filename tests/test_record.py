@@ -17,8 +17,9 @@ SUITE = """
 import pytest
 
 @pytest.mark.parametrize("n", range(3))
-def test_good(n):
-    pass
+def test_good(n, request):
+    request.node.user_properties.append(("errors", [("bfloat16", "dq", n + 0.5, n / 10)]))
+    request.node.user_properties.append(("something else", n))
 
 def test_bad():
     assert 1 + 1 == 3, "sums are off"
@@ -60,6 +61,9 @@ def test_a_run_with_failures(tmp_path):
     }
     assert record["skipped"] == {"not here": 1, "not now": 1}
     assert record["seconds"] > 0
+    (errors,) = record["errors"]
+    told = {"median": 1.5, "largest": 2.5, "above_2": 1, "largest_of_allowed": 0.2}
+    assert errors == {"format": "bfloat16", "result": "dq", "compared": 3, **told}
     assert len(record["slowest"]) == 7
     log = out.with_suffix(".log").read_text(encoding="utf-8").splitlines()
     assert Counter(line.split()[0] for line in log) == record["counts"]

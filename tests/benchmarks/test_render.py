@@ -40,6 +40,11 @@ def test_gpu_tests_say_what_failed_and_was_skipped():
     assert render.gpu_tests(result).startswith("1,146 passed; 17 skipped (no float64) in 4 min 19 s.")
     result = {"about": about, "counts": {"passed": 3, "failed": 2}, "skipped": {}, "seconds": 61.0}
     assert render.gpu_tests(result).startswith("2 failed, 3 passed in 1 min 01 s.")
+    numbers = {"compared": 1200, "median": 0.987, "largest": 2.5, "above_2": 3, "largest_of_allowed": 0.9}
+    errors = [{"format": "float16", "result": name, **numbers} for name in ("o", "dq")]
+    text = render.gpu_tests(result | {"errors": errors})
+    assert "| float16 | `o` | 1,200 | 0.99 | 2.50 | 3 | 0.90 |" in text
+    assert "|  | `dq` | 1,200 |" in text
 
 
 def test_drift_has_a_line_a_span_and_state():

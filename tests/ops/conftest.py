@@ -3,6 +3,8 @@ import torch
 
 from flash_gsa.ops import Problem, backend_names, explain
 
+from . import judge
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -24,3 +26,12 @@ def gpu_backend(request) -> str:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def errors_are_recorded(request):
+    """What the judge found in a test on a GPU goes into the record of the run (`tests/record.py`)."""
+    judge.seen.clear()
+    yield
+    if judge.seen and request.node.get_closest_marker("gpu"):
+        request.node.user_properties.append(("errors", [tuple(entry) for entry in judge.seen]))

@@ -22,6 +22,10 @@ from .helpers import EPS, TINY, Case, Tensors, with_gradients
 
 CUDA = torch.device("cuda")
 
+seen: list[tuple[str, str, float, float]] = []
+"""What the running test compared: the inputs' format, the result's name, its error in units of plain PyTorch's, and as
+a share of what is allowed (`conftest.errors_are_recorded`)."""
+
 
 class _Product(torch.autograd.Function):
     """einsum(spec, x, y) with both factors rounded to `dtype`; its two gradients are such products too."""
@@ -231,6 +235,8 @@ def compare(result, exact, usual, dtype, moved, differences, units, alike=False)
         else:
             floor = max(floor, (1 + 2 / rows**0.5) * half * (size + differences.get(name, 0.0)))
         error, allowed = (y.double() - want).norm(), max(2 * lost, floor)
+        if usually := (usual[name].double() - want).norm():
+            seen.append((str(dtype).removeprefix("torch."), name, float(error / usually), float(error / allowed)))
         if error > allowed:
             wrong.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}, norm {size:.2e}")
     assert not wrong, "; ".join(wrong)
