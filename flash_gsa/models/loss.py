@@ -209,7 +209,10 @@ def _in_pieces_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as one operator, for torch.compile; an empty tensor for an absent gradient."""
     losses, dh, dw = _in_pieces(hidden, weight, targets, rows, dtype, need_hidden, need_weight)
-    return losses.sum(), hidden.new_empty(0) if dh is None else dh, hidden.new_empty(0) if dw is None else dw
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dh = hidden.new_empty(0, dtype=dtype) if dh is None else dh
+    dw = weight.new_empty(0, dtype=wide) if dw is None else dw
+    return losses.sum(), dh, dw
 
 
 @_in_pieces_op.register_fake

@@ -221,6 +221,7 @@ def compare(result, exact, usual, dtype, moved, differences, units, alike=False)
     for name, y in result.items():
         want = exact[name]
         assert y.shape == want.shape, name
+        assert usual[name].isfinite().all(), f"{name} of plain PyTorch is not finite: nothing to compare with"
         assert y.dtype == usual[name].dtype, f"{name} is {y.dtype}"
         if not y.isfinite().all():
             wrong.append(f"{name} is not finite")

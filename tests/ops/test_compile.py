@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_gsa import gated_linear_attention, gated_slot_attention
 from flash_gsa.layers import attention
-from flash_gsa.ops import opaque
+from flash_gsa.models import loss
+from flash_gsa.ops import linears, opaque
 
 from . import test_linear as linear
 from .helpers import EPS, Case, Tensors, make, with_gradients
@@ -219,13 +220,15 @@ def leaf(x: Tensor) -> Tensor:
     return x.clone().requires_grad_()
 
 
-def opaque_calls(case: Case) -> list[tuple[Any, tuple]]:
+def opaque_calls(case: Case, device: str = "cpu") -> list[tuple[Any, tuple]]:
     """Operators that hold plain PyTorch, and arguments for them."""
-    x, y, cu = make(replace(case, strength=True)), linear.make(case), case.cu_seqlens
+    x, y = (linear.to(z, device) for z in (make(replace(case, strength=True)), linear.make(case)))
+    cu = case.cu_seqlens if case.cu_seqlens is None else case.cu_seqlens.to(device)
     all_of_them, few = list(x.values()), [*list(x.values())[:4], None, None, None]
     o, hk, hv = slots(**x, cu_seqlens=cu)
     matrices, state = [y[name] for name in "qkvg"], y["state"]
-    rows, bounds = [torch.randn(1, 20, heads, 4) for heads in (4, 2, 2)], torch.tensor([0, 5, 5, 20])
+    rows = [torch.randn(1, 20, heads, 4, device=device) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 5, 5, 20], device=device)
     return [
         (opaque._sequence, ("chunk", *map(leaf, all_of_them), cu, 0.7)),
         (opaque._sequence, ("chunk", *map(leaf, few[:4]), None, None, None, cu, 0.7)),
@@ -237,6 +240,31 @@ def opaque_calls(case: Case) -> list[tuple[Any, tuple]]:
         (attention._packed_op, (*map(leaf, rows), bounds, None)),
         (attention._packed_op, (*map(leaf, rows), bounds, 3)),
         (attention._packed_backward_op, (*rows, bounds, 3, torch.randn_like(rows[0]))),
+        *loss_calls(device),
+    ]
+
+
+def loss_calls(device: str) -> list[tuple[Any, tuple]]:
+    """The loss of 20 tokens, 8 at a time, with gradients of both inputs and of one."""
+    hidden, weight = torch.randn(20, 6, device=device), torch.randn(11, 6, device=device)
+    targets = torch.arange(20, device=device) % 11
+    targets[::7] = -100
+    return [
+        (
+            loss._in_pieces_op,
+            (*(leaf(x) if need else x for x, need in zip((hidden, weight), needed, strict=True)),
+             targets, 8, torch.float32, *needed),
+        )
+        for needed in ((True, True), (True, False), (False, True))
+    ]  # fmt: skip
+
+
+def swiglu_calls(device: str) -> list[tuple[Any, tuple]]:
+    """Operators of an MLP, which hold a kernel, and arguments for them; `test_linears.py` has more."""
+    gate, up, weight, dy = (torch.randn(*size, device=device) for size in ((4, 33), (4, 33), (17, 33), (4, 17)))
+    return [
+        (linears.swiglu_linear_op, tuple(map(leaf, (gate, up, weight)))),
+        (linears.swiglu_linear_backward_op, (dy, gate, up, weight, True)),
     ]
 
 
@@ -287,7 +315,8 @@ def test_operators_are_what_they_are_registered_as(case):
         torch.library.opcheck(operator, arguments, **({"test_utils": "test_faketensor"} if seen else {}))
         checked.add(operator._qualname)
     known = {name for name in operators() if not name.startswith("flash_gsa::swiglu_linear")}  # has tests of its own
-    others = {name for name in known if name.startswith(("flash_gsa::any_", "flash_gsa::packed_attention"))}
+    plain = ("flash_gsa::any_", "flash_gsa::packed_attention", "flash_gsa::cross_entropy")
+    others = {name for name in known if name.startswith(plain)}
     assert checked == (known - others if INTERPRETED else others)
 
 
@@ -298,14 +327,19 @@ if not INTERPRETED:
         pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
         run_in_interpreter(__file__)
 
+    # With the heads of `test_gpu_numerics.WIDE`, whose kernels are there already. No chunk of 32 tokens is left over.
     @pytest.mark.gpu
-    def test_operators_on_a_gpu_are_what_they_are_registered_as():
+    @pytest.mark.parametrize("lengths", [None, (5, 35)], ids=["batch", "packed"])
+    def test_operators_on_a_gpu_are_what_they_are_registered_as(lengths):
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        # With the heads of `test_gpu_numerics.WIDE`, whose kernels are there already.
-        case = Case(T=40, B=1, HQ=4, H=2, K=80, V=136, M=33, scale=0.7)
-        for operator, arguments in triton_calls(case, "cuda"):
-            torch.library.opcheck(operator, arguments)
+        case = Case(T=40, B=1, HQ=4, H=2, K=80, V=136, M=33, scale=0.7, lengths=lengths)
+        checked = set()
+        for calls in (triton_calls(case, "cuda"), opaque_calls(case, "cuda"), swiglu_calls("cuda")):
+            for operator, arguments in calls:
+                torch.library.opcheck(operator, arguments)
+                checked.add(operator._qualname)
+        assert checked == operators()
 
     @pytest.mark.timeout(1800)
     def test_inductor():

@@ -4,6 +4,7 @@ Sequences are independent of each other, so whatever is far inside a huge proble
 alone: an index or a grid that wraps around is not a matter of rounding.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,9 @@ from flash_gsa import (
     gated_slot_attention_step,
 )
 from flash_gsa.errors import UsageError
-from flash_gsa.ops import Problem, explain
+from flash_gsa.ops import Problem, explain, pointwise
 
+from . import test_linear as linear_attention
 from .helpers import Case, Tensors, call
 from .judge import CUDA, distance
 
@@ -28,10 +30,12 @@ MOST_BLOCKS = 65_535  # of a launch, in all directions but the first
 TOKENS = 1_000_000
 
 gpu = pytest.mark.gpu
+# Tests that need most of a GPU's memory wait for each other.
+patient = pytest.mark.timeout(1200)
 
 
-def big(case: Case, dtype: torch.dtype) -> Tensors:
-    """Inputs as `helpers.make` has them, made where they are needed."""
+def big(case: Case, dtype: torch.dtype, of_gates: torch.dtype = torch.float32) -> Tensors:
+    """Inputs as `helpers.make` has them, made where they are needed; gates and strengths in `of_gates`."""
 
     def normal(*shape):
         return torch.randn(*shape, dtype=dtype, device=CUDA)
@@ -39,8 +43,11 @@ def big(case: Case, dtype: torch.dtype) -> Tensors:
     B, T, H = case.B, case.T, case.H
     x = {"q": normal(B, T, case.HQ, case.K), "k": normal(B, T, H, case.K), "v": normal(B, T, H, case.V)}
     x = {name: F.silu(tensor, inplace=True) for name, tensor in x.items()}
-    gates = torch.randn(B, T, H, case.M, device=CUDA)
+    gates = torch.randn(B, T, H, case.M, dtype=of_gates, device=CUDA)
     x["g"] = F.logsigmoid(gates).div_(8)
+    if case.strength:
+        del gates
+        x["s"] = torch.rand(B, T, H, case.M, dtype=of_gates, device=CUDA)
     if case.state:
         # By slots, as a final state is: in the other order the kernels would take a copy.
         x["hk"] = torch.randn(case.sequences, H, case.M, case.K, device=CUDA).transpose(2, 3)
@@ -54,6 +61,15 @@ def results(backend: str, x: Tensors, case: Case, do: Tensor) -> Tensors:
     o, hk, hv = call(backend, leaves, case)
     gradients = torch.autograd.grad(o, list(leaves.values()), do)
     found = {"o": o, "hk": hk, "hv": hv} | {f"d{name}": y for name, y in zip(leaves, gradients, strict=True)}
+    return {name: y.detach() for name, y in found.items()}
+
+
+def linear_results(backend: str, x: Tensors, case: Case, do: Tensor) -> Tensors:
+    """The same of gated linear attention, whose gates `big` makes for M = K; its state is called h."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    o, h = linear_attention.call(backend, leaves, case)
+    gradients = torch.autograd.grad(o, list(leaves.values()), do)
+    found = {"o": o, "h": h} | {f"d{name}": y for name, y in zip(leaves, gradients, strict=True)}
     return {name: y.detach() for name, y in found.items()}
 
 
@@ -74,8 +90,8 @@ def states(found: Tensors, places: slice) -> Tensors:
     return {name: y[places] for name, y in found.items() if "h" in name}
 
 
-def last_of_a_packed_call(backend: str, case: Case) -> None:
-    x = big(case, torch.bfloat16)
+def last_of_a_packed_call(backend: str, case: Case, results=results, of_gates: torch.dtype = torch.float32) -> None:
+    x = big(case, torch.bfloat16, of_gates)
     do = torch.randn(1, case.T, case.HQ, case.V, dtype=torch.bfloat16, device=CUDA)
     found = results(backend, x, case, do)
     last = slice(case.T - case.lengths[-1], None)
@@ -84,7 +100,7 @@ def last_of_a_packed_call(backend: str, case: Case) -> None:
     assert_same(tokens(found, last) | states(found, slice(-1, None)), alone)
 
 
-def last_of_a_batch(backend: str, case: Case) -> None:
+def last_of_a_batch(backend: str, case: Case, results=results) -> None:
     x = big(case, torch.bfloat16)
     do = torch.randn(case.B, case.T, case.HQ, case.V, dtype=torch.bfloat16, device=CUDA)
     found = results(backend, x, case, do)
@@ -109,6 +125,7 @@ def outputs_of_the_last(case: Case) -> None:
 
 
 @gpu
+@patient
 @pytest.mark.long
 def test_tensors_of_more_elements_than_32_bits_count(gpu_room):
     # Of triton alone: `chunk` leaves its offsets to PyTorch, and its float32 copies of these would not fit.
@@ -131,10 +148,98 @@ def test_tensors_of_more_elements_than_32_bits_count(gpu_room):
     # the final, the (zero) gradient of the final and that of the initial; 4 and 4 for chunks' states and gradients.
     last_of_a_batch("triton", Case(B=FIRST_BEYOND // (H * wide * M) + 1, T=3, HQ=H, H=H, K=wide, V=16, M=M))
     torch.cuda.empty_cache()
-    # Of gates and what is prepared of them; the forward alone. In GB: 9 for gates, 9 for their sums, 4 for weights
-    # in 16 bits, 2 for chunks' states; a backward would take 39 more.
+    # Of gates in float32 and what is prepared of them; the forward alone. In GB: 9 for gates, 9 for their sums, 4 for
+    # weights in 16 bits, 2 for chunks' states. The next test has a backward.
     most = 256
     outputs_of_the_last(Case(lengths=(FIRST_BEYOND // (H * most), 300), HQ=H, H=H, K=16, V=16, M=most, state=False))
+
+
+@gpu
+@patient
+def test_gradients_of_more_gates_than_32_bits_count(gpu_room):
+    """Of gates and strengths in 16 bits: 71 GB. In float32 it would be 84, more than an H100 gives."""
+    # In GB. Forward: 4 and 4 for gates and strengths, 9 for sums of gates, 4 for weights, 4 for the softmax, 2 for
+    # chunks' states. Backward: 9 for dg, 4 for ds, 9 and 4 for what `inputs_backward` hands on, 13 for what else is
+    # between its kernels in 16 bits, 2 for gradients of chunks' states. Else, heads being of 16 numbers, 3.
+    gpu_room(68)
+    H, most = 4, 256
+    case = Case(lengths=(FIRST_BEYOND // (H * most), 300), HQ=H, H=H, K=16, V=16, M=most, strength=True, state=False)
+    last_of_a_packed_call("triton", case, of_gates=torch.bfloat16)
+
+
+@gpu
+@patient
+def test_gated_linear_attention_of_more_values_than_32_bits_count(gpu_room):
+    # In GB: 4 for each of v, o, their two gradients, 1 for chunks' states and their gradients.
+    gpu_room(20)
+    H, V, T = 4, 512, 1024
+    case = Case(B=FIRST_BEYOND // (H * V * T) + 1, T=T, HQ=H, H=H, K=16, V=V, M=16, state=False)
+    last_of_a_batch("triton", case, linear_results)
+
+
+@gpu
+@patient
+def test_gated_linear_attention_of_more_keys_than_32_bits_count(gpu_room):
+    # In GB: 4 for each of q, k, dq, dk and one between kernels, 9 for gates, 9 for their sums, 9 for their gradients,
+    # 4 for weights, 9 and 4 for what `inputs_backward` hands on, 2 for chunks' states and their gradients; else 2.
+    gpu_room(65)
+    H, K = 4, 256
+    case = Case(lengths=(FIRST_BEYOND // (H * K), 300), HQ=H, H=H, K=K, V=16, M=K, state=False)
+    last_of_a_packed_call("triton", case, linear_results)
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    """What a kernel does not write is NaN, and not what another left there."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+ROW = 2048
+
+
+def norm_weight() -> Tensor:
+    return torch.linspace(0.5, 1.5, ROW, device=CUDA)
+
+
+# Of each: how many inputs, and GiB for them, for what it gives, and for their gradients.
+POINTWISE: dict[str, tuple[int, int, Callable[..., tuple[Tensor, ...]]]] = {
+    "silu_each": (3, 37, pointwise.silu_each),
+    "log_gates": (1, 17, lambda f: (pointwise.log_gates(f, 8.0),)),
+    "silu_norm": (1, 13, lambda x: (pointwise.silu_norm(x, norm_weight(), 1e-5),)),
+    "add_norm": (2, 21, lambda x, branch: pointwise.add_norm(x, branch, norm_weight(), 1e-5)),
+    "swiglu": (2, 21, lambda gate, up: (pointwise.swiglu(gate, up),)),
+}
+
+
+def with_gradients(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+    """What `function` gives, and the gradients of all inputs, those of its results being the results themselves."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    found = function(*leaves)
+    outgoing = [y.detach() for y in found]
+    return [*outgoing, *torch.autograd.grad(found, leaves, outgoing)]
+
+
+@gpu
+@patient
+@pytest.mark.usefixtures("new_memory_is_nan")
+@pytest.mark.parametrize("name", POINTWISE)
+def test_rows_behind_what_32_bits_count(gpu_room, name):
+    """Bit for bit: rows have nothing to do with each other."""
+    count, gib, function = POINTWISE[name]
+    gpu_room(gib)
+    behind = 8
+    rows = FIRST_BEYOND // ROW + behind
+    inputs = [torch.randn(rows, ROW, dtype=torch.bfloat16, device=CUDA) for _ in range(count)]
+    assert pointwise.uses_kernels(*inputs)
+    alone = with_gradients(function, [x[-behind:].clone() for x in inputs])
+    found = with_gradients(function, inputs)
+    assert len(found) == len(alone)
+    for y, want in zip(found, alone, strict=True):
+        assert want.isfinite().all()
+        assert torch.equal(y[-behind:], want)
 
 
 SMALL = Case(HQ=2, H=1, K=16, V=16, M=16)

@@ -226,24 +226,49 @@ def test_all_is_kept_or_all_is_forgotten(gpu_backend, value, case, dtype):
     verdict(run(gpu_backend, x, case), x, case, units=units_of_strong_gates(gpu_backend, dtype))
 
 
+def is_clear(x: Tensors, case: Case) -> Tensor:
+    """[B, T, HQ]: where the highest score is above the others by more than what rounding moves, and by more than 200,
+    so that the softmax is 1 at one slot and 0 at all others in any format."""
+    x = {name: tensor.double() for name, tensor in x.items()}
+    group, found = case.HQ // case.H, []
+    hk, size = x["hk"], x["hk"].abs()
+    for t in range(case.T):
+        q, k, g = (x[name][:, t] for name in "qkg")
+        forget, write = g.exp()[:, :, None], -torch.expm1(g)[:, :, None]
+        hk, size = hk * forget + k[..., None] * write, size * forget + k.abs()[..., None] * write
+        scores = torch.einsum("bhk,bhkm->bhm", q, hk.repeat_interleave(group, 1))
+        summed = torch.einsum("bhk,bhkm->bhm", q.abs(), size.repeat_interleave(group, 1)).amax(-1)
+        first, second = scores.topk(2).values.unbind(-1)
+        found.append(first - second > 200 + torch.finfo(BF16).eps * summed)
+    return torch.stack(found, 1)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=name_of)
 @pytest.mark.parametrize("case", [WIDE, MODEL_1B, MODEL_7B], ids=name_of)
-@pytest.mark.parametrize("gates", ["gentle", "all at -50", "every other token at -1e30"])
+@pytest.mark.parametrize("gates", ["gentle", "every 16th token at -1e30"])
 def test_saturated_softmax(gpu_backend, gates, case, dtype):
+    """Where two slots are near each other rounding decides between them: `plain` is no measure for what a few tokens
+    make of o and of the gradients. All are finite, and where one slot is clearly the first, its values are o."""
     x = inputs(case, dtype)
-    if gates == "all at -50":
-        x["g"].fill_(-50.0)
-    elif gates != "gentle":
-        x["g"][:, ::2] = -1e30
-    # Scores of 1e4 times that are beyond float16, in which `judge.plain` has them: it would judge by infinities.
-    x["q"] *= 1e4 if dtype == BF16 else 500.0
-    verdict(run(gpu_backend, x, case), x, case, units=units_of_strong_gates(gpu_backend, dtype))
+    if gates != "gentle":
+        x["g"][:, ::16] = -1e30
+    x["q"] *= 1e4
+    clear = is_clear(x, case)
+    assert clear.double().mean() > 0.1
+    found = with_gradients(lambda z: o_alone(call(gpu_backend, z, case)[0]), x)
+    for name, y in found.items():
+        assert y.isfinite().all(), name
+    exact = truth(x, case, final=False)
+    # One token with the values of another slot would make 4 times as much.
+    assert distance(found["o"][clear], exact["o"][clear]) <= torch.finfo(dtype).eps
+    assert not found["dq"][clear].any()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name_of)
 @pytest.mark.parametrize("case", [replace(WIDE, strength=True), replace(MODEL_1B, strength=True)], ids=name_of)
 def test_one_slot_has_all_of_a_saturated_softmax(gpu_backend, case, dtype):
-    """Which slot it is no rounding can change: o is what that slot holds, and no gradient goes through the scores."""
+    """Which slot it is no rounding can change: o is what that slot holds, and nothing of its gradient goes through the
+    scores."""
     x, slot = inputs(case, dtype), 5
     # All slots hold the same nonnegative keys; this one writes 4 times as much, begins with as much, forgets no sooner.
     x["s"] /= 4
@@ -252,16 +277,17 @@ def test_one_slot_has_all_of_a_saturated_softmax(gpu_backend, case, dtype):
     x["k"] = x["k"].abs()
     x["hk"] = x["hk"][..., :1].abs() * torch.where(torch.arange(case.M, device=CUDA) == slot, 1.0, 0.25)
     x["q"] = 1e4 * x["q"].abs()
-    found, exact = run(gpu_backend, x, case), truth(x, case)
-    for name in ("o", "hk", "hv", "dv", "dhv"):
-        assert distance(found[name], exact[name]) <= torch.finfo(dtype).eps / 2, name
+    found = with_gradients(lambda z: o_alone(call(gpu_backend, z, case)[0]), x)
+    exact = truth(x, case, final=False)
+    for name in ("o", "dv", "dhv"):
+        assert distance(found[name], exact[name]) <= torch.finfo(dtype).eps, name
     for name, y in found.items():
         assert y.isfinite().all(), name
     for name in ("dq", "dk", "dhk"):
         assert not exact[name].any(), name
         assert not found[name].any(), name
-    if dtype == BF16:  # what float16's range leaves of `judge.plain`: see above
-        verdict(found, x, case, units=units_of_strong_gates(gpu_backend, dtype))
+    if dtype == BF16:  # in float16 `judge.plain` would have infinite scores
+        verdict(found, x, case, units=units_of_strong_gates(gpu_backend, dtype), final=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -576,7 +602,7 @@ MOST = 2**26  # of the judge's weights [rows, H, T, T, M]; it has 8 tensors as l
 
 def width(random: np.random.Generator, least: int, most: int) -> int:
     """Half of them at the edges of tiles of 16, 64, 128, 256, and at the limit; the others anywhere."""
-    edges = [n for n in (1, 16, 17, 63, 64, 65, 128, 129, 255, 256, 257, 511, 512) if least <= n <= most]
+    edges = [n for n in (16, 17, 63, 64, 65, 128, 129, 255, 256, 257, 511, 512) if least <= n <= most]
     return int(random.choice(edges) if random.random() < 0.5 else random.integers(least, most + 1))
 
 
@@ -584,20 +610,21 @@ def any_calls(seed: int, dtype: torch.dtype, linear: bool = False) -> list[Case]
     """Calls of other lengths and gates that share their kernels: sizes, options and whether sequences are packed.
 
     Eight seeds are all there is of keys wider than 256 (in gated linear attention than 64) or not, values likewise, and
-    more than 64 slots or not; packed or not goes with none of these. All groups are among them.
+    more than 64 slots or not; packed or not goes with none of these. All groups are among them. Of fewer slots, keys or
+    tokens than 16 a few weights decide, with which `plain` may be lucky: such sizes are in ACCURACY.
     """
     kind = DTYPES.index(dtype)
     random = np.random.default_rng((seed, kind, linear))
     group, packed = GROUPS[(seed + 2 * kind) % len(GROUPS)], (seed.bit_count() + kind) % 2 == 1
     ranges = ((64, 256) if linear else (256, 512)), (256, 512), (64, 256)
     K, V, M = (
-        width(random, 1 + edge if seed & 1 << bit else 1, most if seed & 1 << bit else edge)
+        width(random, 1 + edge if seed & 1 << bit else 16, most if seed & 1 << bit else edge)
         for bit, (edge, most) in enumerate(ranges)
     )
     H = int(random.integers(1, 3))
     strength, state = (bool(random.integers(2)) for _ in range(2))
     # `test_logits_that_pass_on_every_digit` says why not all scales in float32.
-    scales = (0.05, -0.05) if dtype == FP32 and K > 256 else (1.0, 0.25, -1.0)
+    scales = (0.05, -0.05) if dtype == FP32 and K > 128 else (1.0, 0.25, -1.0)
     sizes = Case(
         HQ=H * group, H=H, K=K, V=V, M=K if linear else M, strength=strength and not linear, state=state,
     )  # fmt: skip
@@ -606,9 +633,8 @@ def any_calls(seed: int, dtype: torch.dtype, linear: bool = False) -> list[Case]
         rows = int(random.integers(2, 5) if packed else random.integers(1, 3))
         longest = min(700, math.isqrt(MOST // (rows * H * sizes.M)))
         lengths = random.integers(1, longest + 1, rows) * (random.random(rows) < 0.8)
-        if n == 0:
-            lengths[0] = longest
-        shape = {"lengths": tuple(map(int, lengths))} if packed else {"B": rows, "T": max(1, int(lengths[0]))}
+        lengths[0] = max(16, lengths[0]) if n else longest
+        shape = {"lengths": tuple(map(int, lengths))} if packed else {"B": rows, "T": int(lengths[0])}
         calls.append(replace(sizes, scale=float(random.choice(scales)), **shape))
     return calls
 
@@ -623,7 +649,7 @@ def stretched(g: Tensor, seed: int) -> Tensor:
 
 
 def test_any_sizes_vary():
-    for linear in (False, True):
+    for linear, edge in ((False, 256), (True, 64)):
         found = [any_calls(seed, dtype, linear) for dtype in DTYPES for seed in SEEDS]
         first = [cases[0] for cases in found]
         assert len({(case.K, case.V, case.M, case.HQ, case.H) for case in first}) == len(first)
@@ -631,7 +657,7 @@ def test_any_sizes_vary():
             of_dtype = first[n : n + len(SEEDS)]
             assert {case.HQ // case.H for case in of_dtype} == set(GROUPS)
             assert sum(case.K == case.V for case in of_dtype) <= 1
-            assert {case.K > (64 if linear else 256) for case in of_dtype} == {True, False}
+            assert {edge < case.K for case in of_dtype} == {True, False}
             assert {(case.V > 256, case.lengths is None) for case in of_dtype} == {
                 (wide, batch) for wide in (True, False) for batch in (True, False)
             }
