@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from flash_gsa import gated_linear_attention
@@ -140,29 +140,34 @@ else:
         x = make(case)
         check(run("triton", x, case), x, case)
 
-    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
-    @given(data=st.data())
-    def test_any_shape_packing_and_gates(data):
-        T, H = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 2))
-        cuts = data.draw(st.none() | st.lists(st.integers(0, T), max_size=2).map(sorted))
-        case = Case(
-            T=T,
-            B=data.draw(st.integers(1, 2)),
-            HQ=H * data.draw(st.integers(1, 2)),
-            H=H,
-            K=data.draw(st.integers(1, 40)),
-            V=data.draw(st.integers(1, 40)),
-            M=data.draw(st.integers(1, 20)),
-            strength=data.draw(st.booleans()),
-            state=data.draw(st.booleans()),
-            scale=data.draw(st.sampled_from([1.0, 0.25, -1.0])),
-            lengths=None if cuts is None else tuple(end - start for start, end in pairwise((0, *cuts, T))),
-        )
-        x = make(case, seed=data.draw(st.integers(0, 9)))
-        place = data.draw(st.integers(0, T - 1))
-        x["g"][:, place : place + data.draw(st.integers(1, 40))] *= data.draw(st.sampled_from([0.0, 1.0, 8.0, 800.0]))
-        print(case)
-        judge.verdict(run("triton", x, case), x, case)
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_any_shape_and_gates(packed):
+        # Looking for a smaller example of what is wrong would take longer than a test may.
+        @settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+        @given(data=st.data())
+        def judged(data):
+            T, (HQ, H) = data.draw(st.integers(25, 70)), data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
+            bounds = [0, *sorted(data.draw(st.lists(st.integers(0, T), max_size=2))), T] if packed else [0]
+            case = Case(
+                T=T,
+                B=1,
+                HQ=HQ,
+                H=H,
+                K=data.draw(st.integers(1, 40)),
+                V=data.draw(st.integers(1, 40)),
+                M=data.draw(st.integers(1, 20)),
+                strength=data.draw(st.booleans()),
+                state=data.draw(st.booleans()),
+                scale=data.draw(st.sampled_from([1.0, 0.25, -1.0])),
+                lengths=tuple(end - start for start, end in pairwise(bounds)) or None,
+            )
+            x = make(case, seed=data.draw(st.integers(0, 9)))
+            place = data.draw(st.integers(0, T - 1))
+            factor = data.draw(st.sampled_from([0.0, 1.0, 8.0, 800.0]))
+            x["g"][:, place : place + data.draw(st.integers(1, 40))] *= factor
+            judge.verdict(run("triton", x, case), x, case)
+
+        judged()
 
     @pytest.mark.parametrize(
         "case",
@@ -306,33 +311,30 @@ else:
         x["g"][:, 5:9, :, 1] = x["g"][:, 17] = value
         check(run("triton", x, case), x, case)
 
-    @pytest.mark.parametrize(
-        "case",
-        [replace(SMALL, HQ=1), Case(lengths=(0, 33, 6), HQ=2, H=1, K=5, V=4, M=3, strength=True)],
-        ids=str,
-    )
-    @pytest.mark.parametrize("name", ["all 0", "all -1e30", "all -inf", "alternating -inf", "slot 0", "anything"])
-    def test_gates_without_measure(case, name):
+    @pytest.mark.parametrize("name", ["all 0", "all -inf", "alternating -1e30", "slot 0", "anything"])
+    def test_gates_everywhere(name):
+        case = replace(SMALL, HQ=1) if "all" in name else Case(lengths=(0, 33), HQ=1, H=1, K=5, V=4, M=3, strength=True)
         x = make(case)
         x["g"] = strong(name, x["g"]) if name == "anything" else gates(name, x["g"])
         check(run("triton", x, case), x, case)
 
     @pytest.mark.parametrize("name", ["all -0.01", "all -50", "alternating -1e30"])
     def test_saturated_softmax(name):
-        x = make(SMALL)
+        case = replace(SMALL, T=20, HQ=1)
+        x = make(case)
         x["g"], x["q"] = gates(name, x["g"]), x["q"] * 1e4
-        check(run("triton", x, SMALL), x, SMALL, units=10**4)  # units of a score, where one decides
+        check(run("triton", x, case), x, case, units=10**4)  # the last place of a score of 1e4, in an o of size 1
 
-    @pytest.mark.parametrize("before", ["gentle", "a strong gate"])
     @pytest.mark.parametrize("changed", ["qkvg", "q", "k", "v", "g"])
     @pytest.mark.parametrize(
-        ("C", "BT", "T", "offsets"), [(32, 32, 40, (1, 7, 16, 31, 32, 33, 39)), (64, 32, 70, (31, 32, 33, 63, 64, 65))]
+        ("C", "T", "offsets", "strong_prefix"),
+        [(32, 40, (1, 16, 31, 32, 33), False), (64, 70, (31, 33, 63, 65), False), (32, 40, (7, 35), True)],
     )
-    def test_what_comes_later_changes_no_bit(monkeypatch, C, BT, T, offsets, changed, before):
-        chunks_of(C, BT, monkeypatch)
+    def test_what_comes_later_changes_no_bit(monkeypatch, C, T, offsets, strong_prefix, changed):
+        chunks_of(C, 32, monkeypatch)
         case = Case(T=T, B=1, HQ=1, H=1, K=5, V=4, M=3)
         x = make(case)
-        if before != "gentle":
+        if strong_prefix:
             x["g"][:, 4, :, 0] = -70.0
         with torch.no_grad():
             o = call("triton", x, case)[0]
@@ -348,7 +350,7 @@ else:
     def test_pieces_carried_through_states_are_one_pass(bounds):
         case = Case(T=70, B=1, HQ=2, H=1, K=8, V=5, M=3)
         x = make(case)
-        x["g"][:, 50, :, 1] = -200.0
+        x["g"][:, 64, :, 1] = -200.0
 
         def in_pieces(z):
             outputs, state = [], (z["hk"], z["hv"])
@@ -364,22 +366,23 @@ else:
             torch.testing.assert_close(pieces[name], want, rtol=64 * EPS, atol=64 * EPS * size, msg=name)
 
     @pytest.mark.parametrize(
-        "case", [SMALL, Case(lengths=(33, 0, 7), HQ=1, H=1, K=5, V=4, M=3, strength=True)], ids=str
+        "case",
+        [replace(SMALL, HQ=1), Case(lengths=(33, 0, 7), HQ=1, H=1, K=5, V=4, M=3, strength=True)],
+        ids=str,
     )
     def test_two_runs_give_the_same_bits(monkeypatch, case):
-        """The interpreter alone would repeat itself: a third run finds NaN in memory, and its last programs first."""
+        """Also where the second finds NaN in memory and has its last programs first: here all would be repeated."""
         x = make(case)
-        x["g"][:, 20] = -1e6
-        first, second = run("triton", x, case), run("triton", x, case)
+        x["g"][:, 36] = -1e6
+        first = run("triton", x, case)
         last_program_first(monkeypatch)
         torch.use_deterministic_algorithms(True)  # which fills memory with NaN
         try:
-            third = run("triton", x, case)
+            second = run("triton", x, case)
         finally:
             torch.use_deterministic_algorithms(False)
         for name, want in first.items():
             assert torch.equal(second[name], want), name
-            assert torch.equal(third[name], want), name
 
     @pytest.mark.parametrize("case", [SMALL, Case(lengths=(0, 3, 37), HQ=1, H=1, strength=True)], ids=str)
     def test_recomputed_states_give_the_same_bits(case):
