@@ -115,6 +115,7 @@ def save_checkpoint(
     sharded: bool = False,
     rank: int = 0,
     ranks: int = 1,
+    patience: float = 600.0,
 ) -> Path:
     """Writes `checkpoints/step-{step:08d}`, then deletes all but the `keep` newest checkpoints and those whose step is
     a multiple of `keep_every`.
@@ -126,12 +127,14 @@ def save_checkpoint(
         write_model: writes configuration and tokenizer into a path.
         pieces: this process's part of the tensors, on the CPU; names as in `Checkpoint`.
         state: what goes to trainer.json, beside `format` and `step`.
+        patience: seconds in which the main process sees nothing of what others are to write before it gives up.
 
     Returns:
         The checkpoint's folder; in the main process it is complete.
 
     Raises:
-        UsageError: the disk is full or cannot be written; the older checkpoints are untouched.
+        UsageError: the disk is full or cannot be written, or another process does not write its part; the older
+            checkpoints are untouched.
     """
     final = checkpoint_folder(run_dir, step)
     parent, writing = final.parent, _writing(final)
@@ -145,7 +148,7 @@ def save_checkpoint(
                 _write_whole(writing, pieces)
             write_model(writing)
             _write_json(writing / STATE, {"format": FORMAT, "step": step, **state})
-            listed = _others_shards(writing, ranks) if sharded else {}
+            listed = _others_shards(writing, ranks, patience) if sharded else {}
             for path in sorted(writing.rglob("*")):
                 name = path.relative_to(writing).as_posix()
                 if path.is_file() and name not in listed:
@@ -414,18 +417,39 @@ def _write_shard(writing: Path, pieces: Mapping[str, Piece], rank: int, ranks: i
     aside.replace(path.with_suffix(".json"))
 
 
-def _others_shards(writing: Path, ranks: int) -> dict[str, dict[str, Any]]:
-    """Waits until every process has written its shard; their sizes and checksums."""
-    found = {}
+def _others_shards(writing: Path, ranks: int, patience: float) -> dict[str, dict[str, Any]]:
+    """Waits until every process has written its shard; their sizes and checksums.
+
+    Raises:
+        OSError: a process could not, or nothing was written for `patience` seconds: who has died tells nobody.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen, since = None, time.monotonic()
     for rank in range(ranks):
         path = _shard(writing, rank, ranks).with_suffix(".json")
         while not path.exists():
             if (failed := path.with_suffix(".failed")).exists():
                 raise OSError(f"process {rank} could not write its part: {failed.read_text(encoding='utf-8')}")
+            if (now := _sizes(path.parent)) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise OSError(
+                    f"process {rank} has not written its part, and nothing came of it for {patience:g} s "
+                    "(engine.timeout); it has ended or hangs"
+                )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         found[f"{SHARDS}/{path.stem}.safetensors"] = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
+        since = time.monotonic()
     return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    sizes = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def _listed(path: Path) -> dict[str, Any]:

@@ -363,6 +363,7 @@ class _Run:
             sharded=engine.sharded,
             rank=engine.rank,
             ranks=engine.ranks,
+            patience=self.recipe.engine.timeout,
         )
         self.writer.start(save)
 

@@ -284,6 +284,38 @@ def test_the_main_process_waits_for_the_others(tmp_path):
     assert writer.poll() is None
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["never begins", "ends half-way"])
+def test_the_main_process_does_not_wait_for_ever(tmp_path, monkeypatch, ends):
+    older = save(tmp_path, 1)
+    begin_checkpoint(tmp_path, 2)
+    common = {"write_model": write_model, "state": {}, "keep": 2, "sharded": True, "ranks": 2}
+    if ends:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_listed", lambda path: 1 / 0)  # between the shard and what says that it is whole
+            with pytest.raises(ZeroDivisionError):
+                save_checkpoint(tmp_path, 2, pieces=WEIGHTS, rank=1, **common)
+        (tmp_path / "checkpoints/.writing-step-00000002/shards/00001-of-00002.failed").unlink()
+    told = r"step 2 could not be written .*process 1 has not written its part.* for 0\.3 s \(engine\.timeout\)"
+    with pytest.raises(UsageError, match=told):
+        save_checkpoint(tmp_path, 2, pieces=WEIGHTS, rank=0, patience=0.3, **common)
+    assert present(tmp_path) == [older.name]
+
+
+def test_the_main_process_waits_for_one_that_is_slow(tmp_path):
+    begin_checkpoint(tmp_path, 1)
+    common = {"write_model": write_model, "state": {}, "keep": 2, "sharded": True, "ranks": 2}
+    writer = BackgroundWriter()
+    writer.start(lambda: save_checkpoint(tmp_path, 1, pieces=WEIGHTS, rank=0, patience=0.6, **common))
+    while not (shards := tmp_path / "checkpoints/.writing-step-00000001/shards").exists():
+        time.sleep(0.01)
+    for size in range(12):  # twice as long, and never so long without a byte
+        (shards / "00001-of-00002.safetensors").write_bytes(b"0" * size)
+        time.sleep(0.1)
+    assert writer.poll() is None
+    save_checkpoint(tmp_path, 1, pieces={}, rank=1, **common)
+    assert writer.wait() == latest_checkpoint(tmp_path).folder
+
+
 def test_what_fails_in_the_background_is_raised_in_front(tmp_path):
     writer = BackgroundWriter()
     writer.start(lambda: 1 / 0)

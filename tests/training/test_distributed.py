@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from flash_gsa.errors import UsageError
-from flash_gsa.training.checkpoint import load_checkpoint
+from flash_gsa.training.checkpoint import latest_checkpoint, load_checkpoint, resolve_model_folder
 from flash_gsa.training.engine import Engine
 from flash_gsa.training.engines import open_engine
 from flash_gsa.training.export import export, load_model
@@ -43,6 +45,8 @@ OF_FOUR = {
     "rows and context": ["engine={kind: fsdp2, context: 2}"],
     "hsdp and context": ["engine={kind: hsdp, replicas: 2, context: 2}"],
 }
+# Four processes that go on after two.
+MORE = "four after fsdp2"
 # Processes that score other numbers of held-out passes: of documents by 37 tokens, of three batches of MQAR.
 UNEVEN = ("ddp", "fsdp2", "zero3", "context", "step")
 FEW_STEPS = ["schedule.steps=2", "schedule.warmup_steps=0"]
@@ -122,6 +126,7 @@ def make_runs(folder):
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, asked))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     four = [{"overrides": settings(name, *more)} for name, more in OF_FOUR.items()]
+    four.append({"overrides": settings(MORE, *KINDS["fsdp2"]), "after": [str(folder / "fsdp2"), 4]})
     done = launched(4, folder / "tiny.yaml", *map(json.dumps, four))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     killed = {"overrides": settings("killed", *KINDS["fsdp2"])}
@@ -132,6 +137,46 @@ def make_runs(folder):
         train(make(*settings(f"one after {other}")))
     machines = {"overrides": settings("machines", *KINDS["fsdp2"])}
     launched_on_two_machines(folder / "tiny.yaml", *map(json.dumps, (machines, killed)))
+
+
+# Which of two processes is killed, after how many steps of its launch, and how many seconds later. Five steps are
+# enough for one more checkpoint, and all together do not reach the end.
+RANDOM = random.Random(21)
+KILLS = [(RANDOM.randrange(2), RANDOM.randint(5, 7), round(RANDOM.uniform(0, 0.2), 3)) for _ in range(4)]
+# Which is killed while a checkpoint is written, in a run of its own.
+IN_WRITING = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory):
+    """A folder of runs: "random" and "writing-RANK" with what kills left of them; "long" and "short" by one process."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    return made_once(tmp_path_factory, "kills", make_kills)
+
+
+def make_kills(folder):
+    make = write_tiny(folder)
+    common = ["model.num_hidden_layers=2", "batch.micro_rows=1"]
+    long, short = [*common, "schedule.steps=40", "checkpoints.every=2"], [*common, "schedule.steps=7"]
+    train(make(*long, f"output_dir={folder}/long"))
+    train(make(*short, f"output_dir={folder}/short"))
+    run = {"overrides": [*long, *KINDS["fsdp2"], f"output_dir={folder}/random"]}
+    launches = [[run | {"random": kill}] for kill in KILLS]
+    runs = {
+        rank: {"overrides": [*short, *KINDS["fsdp2"], f"output_dir={folder}/writing-{rank}"]} for rank in IN_WRITING
+    }
+    launches += [[run | {"writing": [rank, 7]}] for rank, run in runs.items()]
+    launches.append([*runs.values(), run])
+    command = [sys.executable, "-m", "tests.training.processes", str(folder / "tiny.yaml"), *map(json.dumps, launches)]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=500, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    # Only who was to be killed was, while the other one trained or waited, which fails then; the last launch went well.
+    killed = [[rank for rank in range(2) if pair[rank] == -signal.SIGKILL] for pair in codes]
+    assert killed == [*([rank] for rank, _, _ in KILLS), *([rank] for rank in IN_WRITING), []], codes
+    assert all(all(pair) for pair in codes[:-1]), codes
+    assert codes[-1] == [0, 0], done.stderr[-6000:]
 
 
 def figures(run_dir, kind):
@@ -230,6 +275,47 @@ def test_any_engine_goes_on_from_any_others_checkpoint(runs, name):
 def test_a_run_of_which_one_process_was_killed_goes_on_with_two_or_one(runs, name):
     assert_same(runs(name), runs("one"))
     assert [start["step"] for start in read_starts(runs(name))] == [0, 4]
+
+
+def test_more_processes_go_on(runs):
+    assert_same(runs(MORE), runs("one"))
+    assert [start["step"] for start in read_starts(runs(MORE))] == [0, 4]
+    assert [r["devices"] for r in figures(runs(MORE), "train")] == [2] * 4 + [4] * 3
+
+
+def test_kills_of_any_process_at_random_change_no_loss(kills):
+    assert {rank for rank, _, _ in KILLS} == {0, 1}
+    assert_same(kills / "random", kills / "long")
+    expected = [r["loss"] for r in figures(kills / "long", "train")]
+    assert len(expected) == 40
+    for number in range(len(KILLS)):
+        found = figures(kills / f"random-left-{number}", "train")
+        assert [r["step"] for r in found] == list(range(1, len(found) + 1))
+        assert [r["loss"] for r in found] == pytest.approx(expected[: len(found)], **SAME)
+        assert 4 <= len(found) < 40
+    first, *others = (start["step"] for start in read_starts(kills / "random"))
+    assert first == 0
+    assert len(others) == len(KILLS)
+    assert others == sorted(others)
+    assert 0 < others[0] < others[-1]
+    whole = ["step-00000038", "step-00000040"]
+    assert sorted(p.name for p in (kills / "random" / "checkpoints").iterdir()) == whole
+
+
+@pytest.mark.parametrize("rank", IN_WRITING)
+def test_a_checkpoint_that_not_all_have_finished_is_none(kills, rank):
+    (left,) = (path for path in kills.glob(f"writing-{rank}-left-*") if read_starts(path)[-1]["step"] == 0)
+    unfinished, whole = sorted((left / "checkpoints").iterdir())
+    assert (unfinished.name, whole.name) == (".writing-step-00000007", "step-00000004")
+    # Process 0 takes its own .json away, then waits for the other's; process 1 dies before it has one.
+    shard = f"{rank:05d}-of-00002"
+    assert [p.name for p in unfinished.glob(f"shards/{shard}.*")] == [f"{shard}.safetensors"]
+    assert not (unfinished / "manifest.json").exists()
+    assert latest_checkpoint(left).folder == resolve_model_folder(left) == whole
+    went_on = kills / f"writing-{rank}"
+    assert_same(went_on, kills / "short")
+    assert [start["step"] for start in read_starts(went_on)] == [0, 4]
+    assert sorted(p.name for p in (went_on / "checkpoints").iterdir()) == ["step-00000004", "step-00000007"]
 
 
 def test_a_sharded_checkpoint_is_a_model(runs, tmp_path):
