@@ -1,0 +1,111 @@
+"""Compiles the kernels for an H100, on a machine without one: `python -m tests.ops.hopper`.
+
+The interpreter runs kernels that the compiler would refuse. Triton brings what compiles for NVIDIA's GPUs, and asks a
+driver only for which; here one answers that is made up. Calls are made with tensors that have no memory, for which
+`launching.launch` compiles and does not run. The last line printed is {kernel: how often compiled}.
+"""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from flash_gsa.ops.triton import launching, pointwise, step
+from flash_gsa.ops.triton.abc import abc_gates
+from flash_gsa.ops.triton.cross_entropy import row_losses, scaled
+from flash_gsa.ops.triton.library import attention, linear_attention
+from flash_gsa.ops.triton.tables import parts_of
+
+BF16, FP32 = torch.bfloat16, torch.float32
+H100 = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class Driver:
+    """What the compiler asks of it."""
+
+    utils = SimpleNamespace(get_device_properties=lambda device: H100)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+
+def without_memory(*size: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta", requires_grad=True)
+
+
+def backward(*results: Tensor) -> None:
+    torch.autograd.backward(results, [torch.empty_like(x) for x in results])
+
+
+def sequences() -> None:
+    """Slot attention and gated linear attention, forward and backward."""
+    for T, HQ, H, K, V, M, dtype, boundaries in (
+        (256, 2, 2, 128, 128, 64, BF16, None),
+        (200, 4, 2, 40, 72, 24, FP32, torch.tensor([0, 70, 70, 200])),
+    ):
+        q, k, v = (without_memory(1, T, heads, size, dtype=dtype) for heads, size in ((HQ, K), (H, K), (H, V)))
+        g = without_memory(1, T, H, M, dtype=FP32)
+        backward(attention(q, k, v, g, None, None, None, boundaries, 1.0, False, False)[0])
+        if boundaries is None:
+            backward(linear_attention(q, k, v, without_memory(1, T, H, K, dtype=FP32), None, None, 1.0, False)[0])
+    parts_of(torch.empty(5, dtype=torch.int32, device="meta"), 64, None, 9)
+
+
+def tokens() -> None:
+    """A decoding step, of states that lie by slots and of others."""
+    for B, dtype in ((64, FP32), (64, BF16)):
+        q, k, v, g = (without_memory(B, 4, size).detach() for size in (128, 128, 128, 64))
+        hk, hv = (without_memory(B, 4, 64, 128, dtype=dtype).detach() for _ in "kv")
+        for state in ((hk.transpose(2, 3), hv), (hk.view(B, 4, 128, 64), hv)):
+            step.launch(q, k, v, g.float(), None, state, state, 1.0)
+
+
+def around_the_operator() -> None:
+    """What a layer, a block and the loss do beside it."""
+    x, y, z = (without_memory(64, 256) for _ in range(3))
+    weight = without_memory(256)
+    backward(*pointwise.silu_each(x, y, z))
+    backward(pointwise.log_gates(x, 8.0))
+    backward(pointwise.silu_norm(x, weight, 1e-5))
+    backward(*pointwise.add_norm(x, y, weight, 1e-5))
+    product = pointwise.swiglu_product(x, y)
+    pointwise.swiglu_gradients(x, y, product, again=True, last_use=False)
+    backward(*abc_gates(without_memory(1, 500, 4, 64), None, None))
+    row_losses(x.detach(), torch.empty(64, dtype=torch.int64, device="meta"), -100, gradient=True)
+    scaled(x.detach(), torch.empty((), device="meta"), FP32)
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    compiled: Counter[str] = Counter()
+    seen, own = set(), launching.launch
+
+    def counted(variant: launching.Variant, programs: int, arguments: tuple):
+        kernel = own(variant, programs, arguments)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            compiled[variant.kernel.fn.__name__] += 1
+        return kernel
+
+    launching.launch = counted
+    sequences()
+    tokens()
+    around_the_operator()
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()
