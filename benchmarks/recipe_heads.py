@@ -38,7 +38,7 @@ def with_head(path: Path) -> str:
 
 
 def _lines(name: str) -> list[str]:
-    one, several, origin = _shares(name)
+    one, several, origin, of_several = _shares(name)
     peak = peak_flops(GPU)
     assert peak is not None
     recipe = load_recipe(name, data_named=False)
@@ -49,8 +49,8 @@ def _lines(name: str) -> list[str]:
         share = one if count == 1 else several[run.micro_batches > 1]
         time = duration(run.seconds(share * peak) or 0)
         rows.append(f"  {count:>4}   {run.memory.total / GIB:>11.0f} GiB   {time:>9}   {said}".rstrip())
-    if recipe.engine.kind == "single":
-        origin = [origin[0], origin[1].partition(", and at")[0] + "."]
+    if recipe.engine.kind != "single":
+        origin += of_several
     return [*_sizes(run), f"  {GPU}s   memory of each        time", *rows, *origin, *_prepared(recipe), *_taken(name)]
 
 
@@ -108,9 +108,9 @@ def _section(values: dict[str, str]) -> str:
     return f"engine={{{', '.join(f'{name}: {value}' for name, value in values.items())}}}"
 
 
-def _shares(name: str) -> tuple[float, dict[bool, float], list[str]]:
+def _shares(name: str) -> tuple[float, dict[bool, float], list[str], list[str]]:
     """Of a GPU's peak, where it is alone and where it is not (with several micro-batches a step, and with one), and
-    where that is from."""
+    where each is from."""
     runs = [run for run in _result("scaling")["runs"] if run.get("mfu") and run.get("row") is None]
     most = max(run["micro_batches"] for run in runs if run["processes"] > 1)  # the nearest to many
     alone, *_ = (run["mfu"] for run in runs if run["processes"] == 1 and run["micro_batches"] == most)
@@ -123,16 +123,16 @@ def _shares(name: str) -> tuple[float, dict[bool, float], list[str]]:
         origin = SIZES[name]
         one, *_ = (r["mfu"] for r in _result(origin)["steps"] if r["implementation"] == "ours" and r.get("mfu"))
     several = {many: one * share / alone for many, share in beside.items()}
-    return (
-        one,
-        several,
-        [
-            f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one, as measured on an",
-            f"  {_device(origin)} (benchmarks/results/{origin}.json), and at {several[True]:.0%} on several, or",
-            f"  {several[False]:.0%} where a step is one micro-batch, as two {_device('scaling')} of one machine",
-            "  reach with the 1.3B under FSDP2 (scaling.json); what slower links between machines take is not in it.",
-        ],
-    )
+    said = [
+        f"  Memory: estimated. Time of steps: at {one:.0%} of the peak on one, as measured on an",
+        f"  {_device(origin)} (benchmarks/results/{origin}.json).",
+    ]
+    of_several = [
+        f"  On several at {several[True]:.0%}, or {several[False]:.0%} where a step is one micro-batch, as two",
+        f"  {_device('scaling')} of one machine reach with the 1.3B under FSDP2 (scaling.json); what slower links",
+        "  between machines take is not in it.",
+    ]
+    return one, several, said, of_several
 
 
 def _device(name: str) -> str:

@@ -296,7 +296,10 @@ def scaling(result: dict[str, Any]) -> str:
     ]
     heads = ["engine", "GPUs", "micro-batches", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
     title = f"`{result['recipe']}`, {ones[1]['tokens_a_step']:,} tokens a micro-batch and GPU:"
-    return "\n\n".join([title, table(heads, rows), told(result["about"])])
+    rows_alike = [run for run in result["runs"] if (run.get("row") or 0) > 1 and "first_loss" in run]
+    firsts = [f"{r['name']}: {r['first_loss']:.4f} and {r['first_gradient_norm']:.4f}." for r in rows_alike]
+    told_of = ["Loss and gradient norm of the first step. " + " ".join(firsts)] if firsts else []
+    return "\n\n".join([title, table(heads, rows), *told_of, told(result["about"])])
 
 
 def memory(result: dict[str, Any]) -> str:

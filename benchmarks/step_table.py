@@ -98,23 +98,11 @@ def step_bounds(result: Record, profiled: Record, operator: Record) -> str:
             f"{WANTED['of the product']:.0%} would be {WANTED['of the product'] * product:,.0f} tokens/s, "
             f"{WANTED['tokens a second']:,} are {WANTED['tokens a second'] / product:.1%}, and {WANTED['times FLA']} "
             f"times FLA's are {times_fla:,.0f}, {times_fla / product:.1%}.",
-            *_power(alone),
             "Steps and the copy: " + told(result["about"]),
             "The profile: " + told(profiled["about"]),
             "The operator: " + told(operator["about"]),
         ]
     )
-
-
-def _power(record: Record) -> list[str]:
-    """Whether the card's power limit holds a step back, where watts and clocks were recorded."""
-    if (power := record.get("power")) is None:
-        return []
-    return [
-        f"During the steps of that run the card drew {power['watts']:.0f} of the {power['limit_watts']:.0f} W that it "
-        f"may, at {power['sm_mhz']:,.0f} MHz of {power['most_sm_mhz']:,.0f}; in {power['power_capped']:.0%} of the "
-        "looks its power limit lowered the clock."
-    ]
 
 
 def step_energy(result: Record) -> str:
@@ -139,6 +127,7 @@ def step_energy(result: Record) -> str:
     return "\n\n".join(
         [
             table(["mJ", ""], [[name, f"{1e3 * joules:.2f}"] for name, joules in rows]),
+            f"In {ours['power']['power_capped']:.0%} of the looks during the steps the power limit lowered the clock. "
             f"The product runs at {product['power']['sm_mhz']:,.0f} MHz and {product['power']['watts']:.0f} W, a step "
             f"at {ours['power']['sm_mhz']:,.0f} MHz and {ours['power']['watts']:.0f} W; without a limit the card runs "
             f"at {ours['power']['most_sm_mhz']:,.0f} MHz. A step's FLOP/s are {ours['share_of_product']:.1%} of the "

@@ -135,8 +135,8 @@ class Fla(Implementation):
     """`fla.ops.gsa.chunk_gsa`, and `fused_recurrent_gsa` for a single token.
 
     Its layer computes s = 1 - e^g itself and, for grouped queries, repeats k, v and the gates for every query head.
-    Both are done here before the clock starts. A single token's are not repeated, which its layer does there too: its
-    kernel does without, with states as small as ours.
+    Both are done here before the clock starts. A single token's are not repeated, although its layer does: its kernel
+    for one takes grouped queries as they are, with states as small as ours.
     """
 
     name = "fla"

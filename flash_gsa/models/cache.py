@@ -21,9 +21,9 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
     The methods are those that `transformers`' `generate()` calls.
 
     Args:
-        state_dtype: in what GSA layers' states are kept, torch.float32 (None is the same) or torch.bfloat16: half the
-            memory and half the traffic of a token, right where slots remember up to some hundred tokens and not
-            beyond, see `flash_gsa.gated_slot_attention_step`. What other mixers keep, and float64, is left as it is.
+        state_dtype: in what GSA layers' states are kept, torch.float32 or torch.bfloat16: half the memory and half the
+            traffic of a token, right where slots remember up to some hundred tokens and not beyond, see
+            `flash_gsa.gated_slot_attention_step`. What other mixers keep, and float64, is left as it is.
 
     Raises:
         UsageError: another dtype.
@@ -31,8 +31,8 @@ class GSACache(MutableMapping[int, dict[str, Any]]):
 
     is_compileable = False
 
-    def __init__(self, state_dtype: torch.dtype | None = None) -> None:
-        if state_dtype not in (None, torch.float32, torch.bfloat16):
+    def __init__(self, state_dtype: torch.dtype = torch.float32) -> None:
+        if state_dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype!r}")
         self.state_dtype = state_dtype
         self._layers: dict[int, dict[str, Any]] = {}

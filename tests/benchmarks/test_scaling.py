@@ -36,4 +36,9 @@ def test_each_is_compared_with_one_process_that_computes_as_often_a_step():
     assert "| two | 2 | 1 | 19 | 1.90 |  | 1.0 | 0.00% |" in text
     assert "| two | 2 | 4 | 28 | 1.75 |  | 1.0 | 0.00% |" in text
     assert "| no | 1 | 1 | took too long |" in text
+    assert "first step" not in text
+    cut = run | {"name": "cut", "processes": 2, "micro_batches": 1, "tokens_per_second": 18, "row": 2}
+    cut |= {"first_loss": 10.5, "first_gradient_norm": 1.25}
+    again = scaling({"about": about, "recipe": "gsa_1.3b", "runs": [*runs, cut]})
+    assert "Loss and gradient norm of the first step. cut: 10.5000 and 1.2500." in again
     assert text.count("| not run |") == len(CONFIGURATIONS)  # none of those above is one of them

@@ -2,12 +2,13 @@
 
 The interpreter runs kernels that the compiler would refuse. Triton brings what compiles for NVIDIA's GPUs, and asks a
 driver only for which; here one answers that is made up. Calls are made with tensors that have no memory, for which
-`launching.launch` compiles and does not run. The last line printed is {kernel: how often compiled}.
+`launching.launch` compiles and does not run. The last line printed is {module.kernel: how often compiled}.
 """
 
 import json
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,11 @@ def around_the_operator() -> None:
     scaled(x.detach(), torch.empty((), device="meta"), FP32)
 
 
+def full_name(kernel: Any) -> str:
+    """Two modules have a kernel of the same name."""
+    return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+
+
 def main() -> None:
     driver.set_active(Driver())
     compiled: Counter[str] = Counter()
@@ -97,7 +103,7 @@ def main() -> None:
         kernel = own(variant, programs, arguments)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            compiled[variant.kernel.fn.__name__] += 1
+            compiled[full_name(variant.kernel)] += 1
         return kernel
 
     launching.launch = counted

@@ -12,7 +12,7 @@ import pytest
 
 
 def kernels() -> set[str]:
-    """Names of what the package compiles and no other compiled function calls."""
+    """What the package compiles and no other compiled function calls, by module and name."""
     import triton
 
     import flash_gsa.ops.triton as package
@@ -20,14 +20,18 @@ def kernels() -> set[str]:
     found = {}
     for module in pkgutil.iter_modules(package.__path__):
         for name, value in vars(importlib.import_module(f"{package.__name__}.{module.name}")).items():
-            if isinstance(value, triton.JITFunction) and value.fn.__module__.endswith(module.name):
-                found[module.name, name] = value.src  # two modules may have one of the same name
-    names = {name for _, name in found}
-    return {name for name in names if not any(calls(source, name) for (_, n), source in found.items() if n != name)}
+            if isinstance(value, triton.JITFunction):
+                found[f"{value.fn.__module__}.{name}"] = value.src
+    called = {
+        full
+        for full in found
+        if any(calls(source, full.split(".")[-1]) for other, source in found.items() if other != full)
+    }
+    return found.keys() - called
 
 
 def calls(source: str, name: str) -> bool:
-    return re.search(rf"\b{name}\(", source) is not None
+    return re.search(rf"(?<!def )\b{name}\(", source) is not None
 
 
 @pytest.mark.long
