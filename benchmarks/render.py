@@ -16,7 +16,7 @@ from benchmarks import bytes_table, step_table
 from benchmarks.markdown import minutes, table, told
 from benchmarks.operator_table import lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
-from benchmarks.scaling import CONFIGURATIONS
+from benchmarks.scaling import configurations
 from benchmarks.training_table import training, training_summary
 from flash_gsa.benchmarking.report import combined
 
@@ -289,9 +289,10 @@ def scaling(result: dict[str, Any]) -> str:
             ]
         )
     ran = {(run["name"], run["micro_batches"]) for run in result["runs"]}
+    asked = result.get("asked", 2)
     rows += [
-        [name, str(several), str(count), "not run", "", "", "", ""]
-        for name, several, count, *_ in CONFIGURATIONS
+        [name, str(1 if several == 1 else asked), str(count), "not run", "", "", "", ""]
+        for name, several, count, *_ in configurations(asked)
         if (name, count) not in ran
     ]
     heads = ["engine", "GPUs", "micro-batches", "tokens/s", "times one", "MFU", "GiB a GPU", "waiting for data"]
@@ -372,6 +373,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "memory_sharded": memory,
     "scaling": scaling,
+    "scaling_four": scaling,
     "tokenising": tokenising,
     "test_gpu": gpu_tests,
 }

@@ -36,6 +36,7 @@ WARM, TIMED = 4, 12
 VOCABULARY = 32_000
 ONE, REPLICAS, SHARDED = "engine={kind: single}", "engine={kind: ddp}", "engine={kind: fsdp2}"
 AGAIN = "engine={kind: single, checkpointing: all}"
+GROUPS = "engine={kind: hsdp, replicas: 2, reshard_after: step}"
 BY_STEP, CUT = "engine={kind: fsdp2, reshard_after: step}", "engine={kind: fsdp2, context: PROCESSES}"
 # Name, processes (2 stands for those that were asked for), micro-batches a step, engine, and where a step is one row,
 # its tokens: as many times those that a process computes at once elsewhere, and times the processes asked for. A step
@@ -54,6 +55,12 @@ CONFIGURATIONS = (
     ("a row twice as long, cut over all (`context`), FSDP2", 2, 1, CUT, 2),
     ("a row twice as long, one GPU, `checkpointing: all`", 1, 1, AGAIN, 2),
 )
+OF_FOUR = (("HSDP, two groups, `reshard_after: step`", 2, 1, GROUPS, None),)
+
+
+def configurations(asked: int) -> tuple[tuple[str, int, int, str, int | None], ...]:
+    """Those for so many processes; HSDP is another thing than DDP where a group has more than one."""
+    return CONFIGURATIONS + (OF_FOUR if asked >= 4 and asked % 2 == 0 else ())
 
 
 def settings(
@@ -169,11 +176,12 @@ def main() -> None:
     command += "".join(f" --override '{o}'" for o in options.override)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     length = load_recipe(options.recipe, options.override, data_named=False).batch.length
-    result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe, "runs": []}
+    result: dict[str, Any] = {"about": about(command, device, options.commit), "recipe": options.recipe}
+    result |= {"asked": options.processes, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
-        for name, several, micro_batches, engine, row in CONFIGURATIONS:
-            asked = options.processes
+        asked = options.processes
+        for name, several, micro_batches, engine, row in configurations(asked):
             processes = 1 if several == 1 else asked
             chosen = settings(engine, processes, asked, micro_batches, row, options.rows, length)
             overrides = [*options.override, *chosen]

@@ -3,11 +3,11 @@
 import pytest
 
 from benchmarks.render import scaling
-from benchmarks.scaling import CONFIGURATIONS, settings
+from benchmarks.scaling import CONFIGURATIONS, configurations, settings
 from flash_gsa.training.recipe_file import load_recipe
 
 
-@pytest.mark.parametrize(("name", "several", "micro_batches", "engine", "row"), CONFIGURATIONS)
+@pytest.mark.parametrize(("name", "several", "micro_batches", "engine", "row"), configurations(4))
 def test_every_process_computes_as_many_tokens(name, several, micro_batches, engine, row):
     processes = 1 if several == 1 else 4
     overrides = settings(engine, processes, 4, micro_batches, row, rows=8, length=2048)
@@ -42,3 +42,7 @@ def test_each_is_compared_with_one_process_that_computes_as_often_a_step():
     again = scaling({"about": about, "recipe": "gsa_1.3b", "runs": [*runs, cut]})
     assert "Loss and gradient norm of the first step. cut: 10.5000 and 1.2500." in again
     assert text.count("| not run |") == len(CONFIGURATIONS)  # none of those above is one of them
+    of_four = scaling({"about": about, "recipe": "gsa_1.3b", "asked": 4, "runs": runs})
+    assert "| FSDP2 | 4 | 4 | not run |" in of_four
+    assert "HSDP" in of_four
+    assert "HSDP" not in text

@@ -78,7 +78,11 @@ MODELS_ON_GPUS = {
         ModelCase("abc on GPUs, checkpointed", WIDE | {"gating": "abc"}, checkpointing=True, **ON_GPUS),
         ModelCase("gla on GPUs", WIDE | {"token_mixer": "gla"} | CONV, **ON_GPUS),
         ModelCase("gsa on GPUs, compiled", WIDE | CONV, compiled="aot_eager", **ON_GPUS),
-    ]
+    ],
+    4: [
+        ModelCase("gsa on four GPUs", WIDE | CONV, **ON_GPUS),
+        ModelCase("abc on four GPUs, rows", WIDE | {"gating": "abc"}, **ON_GPUS | {"lengths": None, "B": 2}),
+    ],
 }
 
 

@@ -90,7 +90,8 @@ INTERPRETED = {
 }
 
 
-# Each rank on a GPU of its own.
+# Each rank on a GPU of its own; more ranks than there are GPUs, and their cases, are left out.
+LARGE = {"K": 64, "V": 64, "M": 32, "dtype": torch.bfloat16, "backend": "triton"}
 ON_GPUS = {
     2: [
         Case("kernels on GPUs", (300, 213), K=64, V=64, M=32, dtype=torch.bfloat16, backend="triton", gates=0.1),
@@ -115,7 +116,12 @@ ON_GPUS = {
             strength=True,
         ),
         packed("kernels on GPUs, packed", 2, 50, 150, 0, 40, K=64, V=64, M=32, dtype=torch.bfloat16, backend="triton"),
-    ]
+    ],
+    4: [
+        Case("kernels on four GPUs", (90, 1, 200, 60), state=True, strength=True, **LARGE),
+        packed("kernels on four GPUs, one across all", 4, 30, 420, 30, **LARGE),
+        packed("kernels on four GPUs, many", 4, 100, 3, 0, 200, 1, 96, **LARGE),
+    ],
 }
 
 
@@ -213,6 +219,8 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     found = {}
     for size, several in cases.items():
+        if size > ranks:
+            continue
         group = None if size == ranks else dist.new_group(list(range(size)))
         if rank < size:
             found |= {case.name: mine(case, rank, group) for case in several}

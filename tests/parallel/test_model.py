@@ -43,6 +43,8 @@ def test_what_is_sent_does_not_grow_with_the_length(found):
 @pytest.mark.gpu
 @each(MODELS_ON_GPUS)
 def test_gpus_as_one_process(found_on_gpus, ranks, case):
+    if len(found_on_gpus) < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
     # Against float32 on the CPU, and no further from it than one GPU with whole rows and the same roundings.
     exact, got = whole(case, autocast=False), found_by(found_on_gpus[:ranks], case)
     for name, want in exact.items():

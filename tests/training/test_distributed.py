@@ -443,12 +443,15 @@ ON_GPUS = {
     "pure": ("fsdp2", "pure_bf16"),
 }
 UNEVEN_ON_GPUS = ("fsdp2", "zero3", "context")
+# Four processes, each on a GPU of its own.
+FOUR_ON_GPUS = OF_FOUR | {"fsdp2 of four": KINDS["fsdp2"], "fsdp2 of four after fsdp2": KINDS["fsdp2"]}
 TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "pure_bf16": 2e-2}
 
 
 @pytest.fixture(scope="module")
 def gpu_runs(tmp_path_factory):
-    """Folders by name: of runs by one process on one GPU, called after their precision; by two on two; "A after B"."""
+    """Folders by name: of runs by one process on one GPU, called after their precision; by two on two, and by four
+    where there are four; "A after B"."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("gpu_runs")
@@ -480,6 +483,11 @@ def gpu_runs(tmp_path_factory):
     runs.append(asked("fsdp2-after-fp32", "fsdp2", "fp32") | {"after": [str(folder / "fp32"), 4]})
     done = launched(2, folder / "tiny.yaml", *map(json.dumps, runs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    if torch.cuda.device_count() >= 4:
+        four = [{"overrides": settings(name.replace(" ", "-"), "fp32", *more)} for name, more in FOUR_ON_GPUS.items()]
+        four[-1] |= {"after": [str(folder / "fsdp2"), 4]}
+        done = launched(4, folder / "tiny.yaml", *map(json.dumps, four))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     go_on_from(folder / "fsdp2", 4, folder / "fp32-after-fsdp2")
     train(make(*settings("fp32-after-fsdp2", "fp32")))
     return folder
@@ -498,6 +506,16 @@ def test_two_gpus_train_as_one_does(gpu_runs, name):
         pytest.skip("needs DeepSpeed")
     precision = ON_GPUS[name][1]
     assert_near(gpu_runs / name, gpu_runs / precision, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOUR_ON_GPUS)
+def test_four_gpus_train_as_one_does(gpu_runs, name):
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")
+    folder = gpu_runs / name.replace(" ", "-")
+    assert_near(folder, gpu_runs / "fp32", "fp32")
+    assert [start["step"] for start in read_starts(folder)] == ([0, 4] if "after" in name else [0])
 
 
 @pytest.mark.gpu
