@@ -220,8 +220,11 @@ def test_checkpointed_blocks_on_a_gpu(tiny, settings, mode):
     ("layout", "settings"), [("packed", {"gating": "abc"}), ("batch", {}), ("batch", {"token_mixer": "gla"})], ids=str
 )
 def test_inductor_in_bfloat16(tiny, graphs, layout, settings):
-    """One graph for all lengths, as near to the same model in float32 as eager mode is."""
-    wide = on_a_gpu(tiny, **settings)
+    """One graph for all lengths, as near to the same model in float32 as eager mode is.
+
+    Of a vocabulary that is no multiple of 8 PyTorch may pad the product, if it times that as faster, and then takes one
+    length only: docs/design.md."""
+    wide = on_a_gpu(tiny, vocab_size=56, **settings)
     model = deepcopy(wide).bfloat16()
     forward = torch.compile(model, fullgraph=True)
     for T, sequences in LENGTHS:

@@ -7,7 +7,7 @@ import torch
 
 from . import test_linear as linear
 from .helpers import Case, call, make, oracle, rounded, with_gradients
-from .judge import distance, linear_results, linear_verdict, plain, truth, truth_and_sums, verdict
+from .judge import by_states, distance, linear_results, linear_verdict, plain, truth, truth_and_sums, verdict
 
 CASES = [
     Case(T=40, HQ=4, H=2, scale=0.7),
@@ -29,6 +29,16 @@ def test_the_truth_is_the_recurrence(case, strong):
         assert found.keys() == wanted.keys()
         for name, want in wanted.items():
             torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES[:-1], ids=str)
+def test_by_states_is_the_recurrence(case):
+    x = {name: y.double() for name, y in make(case).items()}
+    wanted = oracle(x, case, torch.float64)
+    found = plain(x, case, maths=by_states)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("case", [Case(T=40, HQ=4, H=2, scale=0.7), *CASES[2:]], ids=str)
@@ -89,6 +99,18 @@ def test_the_verdict_lets_the_right_pass(dtype):
 def test_the_verdict_refuses_the_wrong(which, dtype):
     with pytest.raises(AssertionError, match="not finite" if which == "nan" else "error"):
         verdict(*spoiled(which, dtype), CASE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_verdict_where_states_add_up(dtype):
+    case = replace(CASE, strength=True)
+    x = rounded(make(case), dtype)
+    x["g"].zero_()
+    result = with_gradients(lambda z: call("chunk", z, case), x)
+    verdict(result, x, case, add_up=True)
+    for name in ("o", "hk", "dq", "dv", "dhv"):
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            verdict(result | {name: result[name] * 1.1}, x, case, add_up=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -575,6 +575,14 @@ else:
         x["g"][..., ::2] = -3.0 - spread * torch.rand(x["g"][..., ::2].shape)
         judge.verdict(run("triton", x, case), x, case, alike=spread == 0.0)
 
+    @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+    @pytest.mark.usefixtures("as_on_a_gpu")
+    def test_16_bit_formats_where_states_add_up(dtype):
+        case = Case(T=200, B=1, HQ=2, H=1, K=40, V=36, M=16, strength=True)
+        x = rounded(make(case), dtype)
+        x["g"].zero_()
+        judge.verdict(run("triton", x, case), x, case, add_up=True)
+
     @pytest.mark.usefixtures("as_on_a_gpu")
     def test_float16_needs_operands_rounded_to_tf32(monkeypatch):
         for module in (chunks, forward, backward):

@@ -29,7 +29,7 @@ def _launch(folder, ranks, environment):
         )
         for rank in range(ranks)
     ]
-    said = [process.communicate(timeout=280)[0] for process in running]
+    said = [process.communicate(timeout=560)[0] for process in running]
     assert not any(process.returncode for process in running), "\n".join(said)
 
 

@@ -9,11 +9,15 @@ from flash_gsa.errors import UsageError
 from flash_gsa.parallel import context_parallel_gated_slot_attention
 from tests.parallel.ranks import CASES, INTERPRETED, ON_GPUS, boundaries, inputs, whole
 
+pytestmark = pytest.mark.timeout(600)  # all processes' cases run once, for all tests
+
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def each(cases):
+def each(cases, first=()):
+    """All cases; `first`: marks of the first, in which those of all are run."""
     pairs = [(ranks, case) for ranks, several in cases.items() for case in several]
+    pairs[0] = pytest.param(*pairs[0], marks=first)
     return pytest.mark.parametrize(("ranks", "case"), pairs, ids=lambda x: getattr(x, "name", x))
 
 
@@ -28,7 +32,7 @@ def test_kernels_as_one_process(found_by_kernels, ranks, case):
 
 
 @pytest.mark.gpu
-@each(ON_GPUS)
+@each(ON_GPUS, first=pytest.mark.long)
 def test_gpus_as_one_process(found_on_gpus, ranks, case):
     if len(found_on_gpus) < ranks:
         pytest.skip(f"needs {ranks} GPUs")

@@ -11,6 +11,9 @@ from tests.parallel.models import MODELS, MODELS_ON_GPUS, whole
 from tests.parallel.test_context import Ranks, each
 
 
+pytestmark = pytest.mark.timeout(600)  # all processes' cases run once, for all tests
+
+
 def found_by(parts, case):
     """Hidden states of all processes in order, all else as the first has it."""
     first = parts[0][case.name]

@@ -454,7 +454,10 @@ def gpu_runs(tmp_path_factory):
     where there are four; "A after B"."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    folder = tmp_path_factory.mktemp("gpu_runs")
+    return made_once(tmp_path_factory, "gpu_runs", make_gpu_runs)
+
+
+def make_gpu_runs(folder):
     make = write_tiny(folder)
     model = "model={hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, num_heads: 2, num_slots: 16}"
     common = [
@@ -481,7 +484,7 @@ def gpu_runs(tmp_path_factory):
         if deepspeed or "zero" not in kind
     ]
     runs.append(asked("fsdp2-after-fp32", "fsdp2", "fp32") | {"after": [str(folder / "fp32"), 4]})
-    done = launched(2, folder / "tiny.yaml", *map(json.dumps, runs))
+    done = launched(2, folder / "tiny.yaml", *map(json.dumps, runs), seconds=560)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     if torch.cuda.device_count() >= 4:
         four = [{"overrides": settings(name.replace(" ", "-"), "fp32", *more)} for name, more in FOUR_ON_GPUS.items()]
@@ -490,7 +493,6 @@ def gpu_runs(tmp_path_factory):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     go_on_from(folder / "fsdp2", 4, folder / "fp32-after-fsdp2")
     train(make(*settings("fp32-after-fsdp2", "fp32")))
-    return folder
 
 
 def assert_near(found, expected, precision):
@@ -500,7 +502,7 @@ def assert_near(found, expected, precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.long), *list(ON_GPUS)[1:]])
 def test_two_gpus_train_as_one_does(gpu_runs, name):
     if not (gpu_runs / name).exists():
         pytest.skip("needs DeepSpeed")
