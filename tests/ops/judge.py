@@ -244,8 +244,9 @@ def _from_each_token(y: Tensor, case: Case) -> Tensor:
 
 
 def compare(result, exact, usual, dtype, moved, differences, units, alike=False) -> None:
-    """`verdict`, given truth and what plain PyTorch makes, in one or more ways; `moved` is the size of what gradients are sums of, `differences` maps the names
-    of those that lose more of it to the size of what they are the differences of."""
+    """`verdict`, given truth and what plain PyTorch makes, in one or more ways; `moved` is the size of what gradients
+    are sums of, `differences` maps the names of those that lose more of it to the size of what they are the differences
+    of."""
     assert result.keys() == exact.keys()
     half = torch.finfo(dtype).eps / 2
     wrong = []

@@ -10,7 +10,6 @@ from flash_gsa.parallel import apply_context_parallel, exchange, stretch
 from tests.parallel.models import MODELS, MODELS_ON_GPUS, whole
 from tests.parallel.test_context import Ranks, each
 
-
 pytestmark = pytest.mark.timeout(600)  # all processes' cases run once, for all tests
 
 
