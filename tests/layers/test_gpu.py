@@ -98,7 +98,7 @@ def trained(mixer: nn.Module, x: Tensor, dy: Tensor, **options) -> Tensors:
 
 
 def assert_as_exact_as_plain(found: Tensors, exact: Tensors, plain: Tensors, dtype: torch.dtype) -> None:
-    judge.compare(found, exact, plain, dtype, 0.0, {}, units=UNITS)
+    judge.compare(found, exact, [plain], dtype, 0.0, {}, units=UNITS)
 
 
 @every_mixer
