@@ -183,8 +183,13 @@ def kernel_trials(result: dict[str, Any]) -> str:
 
 def operator_on_a_gpu(result: dict[str, Any]) -> str:
     """Decoding and the start of a process are other commands', and may not be measured yet."""
-    later = [name for name in ("op_gpu_decoding", "op_gpu_cold") if (RESULTS / f"{name}.json").exists()]
-    return operator(combined(result, *map(load, later)))
+    later = [load(name) for name in ("op_gpu_graphs", "op_gpu_cold") if (RESULTS / f"{name}.json").exists()]
+    return operator(combined(result, *(other | {"shapes": []} for other in later)))
+
+
+def operator_in_graphs(result: dict[str, Any]) -> str:
+    """Shapes alone, eagerly and in graphs; `operator_on_a_gpu` has its decoding."""
+    return operator(result | {"decoding": []})
 
 
 def operator_bytes(result: dict[str, Any]) -> str:
@@ -348,6 +353,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_100m": prose,
     "op_cpu": operator,
     "op_gpu": operator_on_a_gpu,
+    "op_gpu_graphs": operator_in_graphs,
     "op_gpu-summary": summary,
     "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,
@@ -373,9 +379,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "memory_sharded": memory,
     "scaling": scaling,
-    "scaling_four": scaling,
     "tokenising": tokenising,
     "test_gpu": gpu_tests,
+    "test_gpu_four": gpu_tests,
 }
 
 
