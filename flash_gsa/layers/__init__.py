@@ -29,7 +29,7 @@ def _from(config: Any, *names: str) -> dict[str, Any]:
 
 def _gsa(config: Any, layer_idx: int) -> nn.Module:
     own = ("num_slots", "value_activation", "output_activation", "gating", "gate_source", "gate_logit_normalizer")
-    return GatedSlotAttention(**_from(config, *_RECURRENT, *own, "use_norm"), layer_idx=layer_idx)
+    return GatedSlotAttention(**_from(config, *_RECURRENT, *own, "use_norm", "states"), layer_idx=layer_idx)
 
 
 def _gla(config: Any, layer_idx: int) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import UsageError, did_you_mean
 from ..ops import abc_gates_step, gated_slot_attention_step
 from ..ops.pointwise import log_gates, silu_each
+from ..ops.validation import POLICIES
 from .convolution import ShortConvolution
 from .feature_maps import ACTIVATIONS, FEATURE_MAPS
 from .linear_attention import widened
@@ -47,6 +48,7 @@ class GatedSlotAttention(nn.Module):
         use_short_conv: a causal depthwise convolution of `conv_size` with SiLU on q, k and v before φ and ψ.
         use_norm: the RMSNorm before the output projection; `elementwise_affine`: with a learned weight.
         norm_eps: its ε.
+        states: what is left for the backward, "keep" or "recompute": see `flash_gsa.ops.gated_slot_attention`.
         layer_idx: place of this layer's entry in a cache.
 
     Raises:
@@ -75,6 +77,7 @@ class GatedSlotAttention(nn.Module):
         use_norm: bool = True,
         elementwise_affine: bool = True,
         norm_eps: float = 1e-6,
+        states: str = "keep",
         layer_idx: int = 0,
     ):
         super().__init__()
@@ -86,6 +89,7 @@ class GatedSlotAttention(nn.Module):
             ("output_activation", output_activation, ACTIVATIONS),
             ("gating", gating, GATINGS),
             ("gate_source", gate_source, GATE_SOURCES),
+            ("states", states, POLICIES),
         ):
             if value not in known:
                 raise UsageError(
@@ -110,7 +114,7 @@ class GatedSlotAttention(nn.Module):
             raise UsageError(f"conv_size must be at least 2, got {conv_size}; use_short_conv=False turns it off")
 
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.num_slots, self.layer_idx = num_slots, layer_idx
+        self.num_slots, self.states, self.layer_idx = num_slots, states, layer_idx
         self.sequences = WholeSequences()
         self.head_k_dim, self.head_v_dim = key_dim // num_heads, value_dim // num_heads
         self.gating, self.gate_source, self.gate_logit_normalizer = gating, gate_source, gate_logit_normalizer
@@ -198,6 +202,7 @@ class GatedSlotAttention(nn.Module):
                 initial_state=None if state is None else (widened(state[0]), widened(state[1])),
                 output_final_state=cache is not None,
                 cu_seqlens=cu_seqlens,
+                states=self.states,
             )
         if cache is not None:
             cache[self.layer_idx] = carry | {"state": state}

@@ -49,7 +49,7 @@ class GSAConfig(PretrainedConfig):
         expand_k, expand_v, feature_map, use_short_conv, conv_size, elementwise_affine: of the recurrent ones, see
             `flash_gsa.layers.GatedSlotAttention`, `GatedLinearAttention`, `HGRN2`, `MultiScaleRetention` there.
         gate_logit_normalizer: of "gsa" and "gla". gate_low_rank_dim: of "gla".
-        num_slots, value_activation, output_activation, gating, gate_source, use_norm: of "gsa".
+        num_slots, value_activation, output_activation, gating, gate_source, use_norm, states: of "gsa".
         attn: hybrid layers, softmax attention at the depths `layers`: a dictionary with `layers` (list of block
             indices; not given when token_mixer is "attention") and, optionally, `num_heads`, `num_kv_heads`,
             `window_size`, `rope_theta`, `qkv_bias`, see `flash_gsa.layers.SoftmaxAttention`.
@@ -89,6 +89,7 @@ class GSAConfig(PretrainedConfig):
         use_short_conv: bool = False,
         conv_size: int = 4,
         use_norm: bool = True,
+        states: str = "keep",
         elementwise_affine: bool = True,
         attn: dict[str, Any] | None = None,
         hidden_act: str = "swish",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 
+POLICIES = ("keep", "recompute")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -46,7 +47,7 @@ def check_sequence(q, k, v, g, s, scale, initial_state, cu_seqlens) -> None:
 
 def check_policy(states) -> None:
     """Check what `gated_slot_attention` shall keep of its states; raises UsageError."""
-    if states not in ("keep", "recompute"):
+    if states not in POLICIES:
         raise UsageError(f"states must be 'keep' or 'recompute', got {states!r}")
 
 

@@ -146,7 +146,7 @@ class _SizesOnly(WholeSequences):
 
     def gated_slot_attention(self, *inputs, **options):
         q, k, v, g, s = (*inputs, None)[:5]
-        return _Slots.apply(q, k, v, g, s), None
+        return _Slots.apply(q, k, v, g, s, options["states"] == "recompute"), None
 
     def gated_linear_attention(self, *inputs, **options):
         q, k, v, g = inputs
@@ -200,23 +200,25 @@ class _Slots(Function):
     """Gated slot attention."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, s):
+    def forward(ctx, q, k, v, g, s, recompute):
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         shared = _shared(q, k.shape[3], v, g)
+        ctx.recompute = recompute
         p = q.new_empty(*q.shape[:3], g.shape[3], dtype=shared[1].dtype)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, g, s, *shared, p, lse)
+        ctx.save_for_backward(q, k, v, g, s, *shared[: 2 if recompute else 4], p, lse)
         return q.new_empty(*q.shape[:3], v.shape[3])
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, g, s, *_, p, _ = ctx.saved_tensors
+        again = _shared(q, k.shape[3], v, g)[2:] if ctx.recompute else ()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg, ds = torch.empty_like(g, dtype=torch.float32), None if s is None else torch.empty_like(s)
         # Read, written and carried parts of gates' gradients; those of states lie where dv and the states are.
         meanwhile = torch.empty_like(p), torch.empty_like(g, dtype=torch.float32), torch.empty_like(g, dtype=p.dtype)
-        del meanwhile
-        return dq, dk, dv, dg.to(g.dtype), ds
+        del meanwhile, again
+        return dq, dk, dv, dg.to(g.dtype), ds, None
 
 
 class _Linear(Function):

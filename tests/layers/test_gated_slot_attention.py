@@ -86,6 +86,26 @@ def test_every_option_has_an_effect(change):
         assert parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
 
 
+@pytest.mark.parametrize("options", [{}, {"gating": "abc"}, {"use_short_conv": True, "num_kv_heads": 2}], ids=name_of)
+def test_states_that_are_computed_again_take_less_and_give_the_same(options):
+    kept, found = {}, {}
+    for states in ("keep", "recompute"):
+        mixer, sizes = layer(states=states, **options), {}
+
+        def pack(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = mixer(inputs())
+        kept[states] = sum(sizes.values())
+        y.square().sum().backward()
+        found[states] = {"y": y} | {name: parameter.grad for name, parameter in mixer.named_parameters()}
+    assert kept["recompute"] < 0.7 * kept["keep"]
+    for name, want in found["keep"].items():
+        assert torch.equal(found["recompute"][name], want), name
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -94,6 +114,7 @@ def test_every_option_has_an_effect(change):
         ({"output_activation": "x"}, "output_activation='x' is not known"),
         ({"gating": "gas"}, "gating='gas' is not known.*Did you mean 'gsa'"),
         ({"gate_source": "pooled_key"}, "gate_source='pooled_key' is not known.*Did you mean 'pooled_keys'"),
+        ({"states": "kept"}, "states='kept' is not known; choose one of keep, recompute.*Did you mean 'keep'"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
         ({"num_kv_heads": 0}, "num_kv_heads must divide"),
         ({"num_heads": 0}, "num_kv_heads must divide"),

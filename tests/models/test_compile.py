@@ -79,6 +79,7 @@ def with_dynamic_lengths(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ("batch", {}),
         ("packed", {"use_short_conv": True, "num_kv_heads": 1}),
         ("padded", {"gating": "abc"}),
+        ("packed", {"states": "recompute"}),
         ("packed", {"token_mixer": "gla"}),
         ("padded", {"token_mixer": "hgrn2", "num_hidden_layers": 2}),
         ("packed", {"token_mixer": "retnet"}),

@@ -46,6 +46,7 @@ MODELS = {
         ModelCase("gsa, longer", CONV | GROUPED, tokens=144, lengths=(30, 80, 34), **F_PROJ),
         ModelCase("gsa, none across", CONV, lengths=(18, 17, 1), **F_PROJ),
         ModelCase("gsa, float32", CONV | GROUPED, lengths=(5, 12, 19), dtype=torch.float32, near=1e-5),
+        ModelCase("gsa, states again", CONV | {"states": "recompute"}, lengths=(3, 20, 13), **F_PROJ),
         ModelCase("pooled keys", {"gate_source": "pooled_keys"}, lengths=(7, 29), **F_PROJ),
         ModelCase("data-independent gates", {"gating": "data_independent"} | CONV, lengths=(11, 25), near=1e-5),
         ModelCase("abc, rows", {"gating": "abc"}, B=2, near=1e-5),

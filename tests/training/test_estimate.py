@@ -159,9 +159,10 @@ def test_kernels_keep_what_is_estimated():
         bounds = torch.empty(2 + 4 + 1, dtype=torch.int32)  # however many: there are as many states between chunks
         q, k, v = (torch.empty(1, T, H, K, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         g = torch.empty(1, T, H, M, requires_grad=True)
-        theirs = saved(lambda: attention_op(q, k, v, g, None, None, None, bounds, 1.0, False, True, False))
-        ours = saved(lambda: step._Slots.apply(q, k, v, g, None))
-        assert ours == pytest.approx(theirs, rel=0.001)
+        for again in (False, True):
+            theirs = saved(lambda a=again: attention_op(q, k, v, g, None, None, None, bounds, 1.0, False, True, a))
+            ours = saved(lambda a=again: step._Slots.apply(q, k, v, g, None, a))
+            assert ours == pytest.approx(theirs, rel=0.001)
         q, k, g = (torch.empty(1, T, H, M, dtype=d, requires_grad=True) for d in (q.dtype, q.dtype, torch.float32))
         theirs = saved(lambda: linear_attention_op(q, k, v, g, None, bounds, 1.0, False))
         assert saved(lambda: step._Linear.apply(q, k, v, g)) == pytest.approx(theirs, rel=0.001)
@@ -170,19 +171,22 @@ def test_kernels_keep_what_is_estimated():
 def test_a_block_keeps_what_is_counted_by_hand():
     tokens, d, inner, heads, slots = 2048, 64, 128, 2, 16
 
-    def working(layers):
+    def working(layers, states="keep"):
         sizes = {"hidden_size": d, "intermediate_size": inner, "num_heads": heads, "num_slots": slots}
-        config = json.dumps(GSAConfig(num_hidden_layers=layers, vocab_size=64, **sizes).to_dict())
+        config = json.dumps(GSAConfig(num_hidden_layers=layers, vocab_size=64, states=states, **sizes).to_dict())
         return step.step_memory(config, 2, tokens // 2, torch.bfloat16, torch.bfloat16, "none", False, 0.0).working
 
     with FakeTensorMode():
         k = torch.empty(1, tokens, heads, d // heads, dtype=torch.bfloat16)
         g = torch.empty(1, tokens, heads, slots)
-        shared = sum(x.nbytes for x in step._shared(k, d // heads, k, g))
+        *gates, hk, hv = (x.nbytes for x in step._shared(k, d // heads, k, g))
+        shared = sum(gates) + hk + hv
     # Both sums and their norms; q, k, v before and after SiLU; o. Gate and up. Logits of gates, gates, scores p.
     numbers = 2 * (4 + 6 + 1) * d + 2 * 2 * inner + (2 + 4 + 2) * heads * slots
     rows = 4 * (3 + heads)  # three norms, and logarithms of sums of exponentials
     assert (working(6) - working(4)) / 2 == pytest.approx(tokens * (numbers + rows) + shared, rel=0.002)
+    less = [working(6, states) - working(4, states) for states in ("keep", "recompute")]
+    assert (less[0] - less[1]) / 2 == pytest.approx(hk + hv, rel=0.01)
 
 
 @pytest.mark.parametrize("mixer", ["gla", "hgrn2", "retnet", "attention"])
