@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flash_gsa.ops.triton import launching, pointwise, step
+from flash_gsa.ops.triton import launching, pointwise, step, step_linear
 from flash_gsa.ops.triton.abc import abc_gates
 from flash_gsa.ops.triton.cross_entropy import row_losses, scaled
 from flash_gsa.ops.triton.library import attention, linear_attention
@@ -72,6 +72,9 @@ def tokens() -> None:
         hk, hv = (without_memory(B, 4, 64, 128, dtype=dtype).detach() for _ in "kv")
         for state in ((hk.transpose(2, 3), hv), (hk.view(B, 4, 128, 64), hv)):
             step.launch(q, k, v, g.float(), None, state, state, 1.0)
+    q, k, v, g = (without_memory(64, heads, 128).detach() for heads in (8, 4, 4, 4))
+    state = without_memory(64, 4, 128, 128, dtype=FP32).detach()
+    step_linear.launch(q, k, v, g.float(), state, state, 1.0)
 
 
 def around_the_operator() -> None:

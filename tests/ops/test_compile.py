@@ -270,7 +270,7 @@ def swiglu_calls(device: str) -> list[tuple[Any, tuple]]:
 
 def triton_calls(case: Case, device: str = "cpu") -> list[tuple[Any, tuple]]:
     """Operators of the Triton backend and arguments for them."""
-    from flash_gsa.ops.triton import abc, library, step
+    from flash_gsa.ops.triton import abc, library, step, step_linear
 
     x, y = (linear.to(z, device) for z in (make(replace(case, strength=True)), linear.make(case)))
     cu = case.cu_seqlens if case.cu_seqlens is None else case.cu_seqlens.to(device)
@@ -297,6 +297,7 @@ def triton_calls(case: Case, device: str = "cpu") -> list[tuple[Any, tuple]]:
         (abc.abc_backward_op, (g, s, None, cu, [g, s, z], torch.float32)),
         (step._anew_op, (*token, x["hk"].transpose(2, 3)[:1], x["hv"][:1], 0.7)),
         (step._in_place_op, (*token, x["hk"].transpose(2, 3)[:1], x["hv"][:1], 0.7)),
+        (step_linear._op, (*(y[:, 0] for y in matrices), state[:1], 0.7)),
     ]
 
 

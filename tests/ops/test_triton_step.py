@@ -148,7 +148,7 @@ def test_which_kernel_runs(monkeypatch, sizes, kernel):
         monkeypatch.setattr(step, name, Kernel(name))
     monkeypatch.setattr(step, "meeting_place", lambda groups, numbers, device: (None, None))
     for processors, expected in ((132, kernel), (0, "step_slots" if sizes == {"B": 1} else kernel)):
-        monkeypatch.setattr(step, "_processors", lambda device, processors=processors: processors)
+        monkeypatch.setattr(step, "processors_of", lambda device, processors=processors: processors)
         token, state = make(**{"order": "MK"} | sizes)
         launch(*token, state, state, 0.7)
         assert launched.pop() == expected
@@ -357,6 +357,7 @@ else:
             {"HQ": 20, "H": 2, "B": 1, "strength": True},
             {"B": 1, "K": 300, "V": 130, "M": 64, "HQ": 1},
             {"B": 1, "K": 17, "V": 40, "M": 200},
+            {"K": 32, "V": 32, "M": 64, "HQ": 4},  # several rows of a tile in one thread, several apart
         ],
         ids=str,
     )

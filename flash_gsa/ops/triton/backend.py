@@ -11,10 +11,11 @@ try:
 
     from .library import attention, context_attention, linear_attention
     from .step import triton_step
+    from .step_linear import triton_linear_step
 except ModuleNotFoundError as error:  # torch's CPU build brings no Triton
     if error.name != "triton":
         raise
-    triton = triton_step = None  # type: ignore[assignment]
+    triton = triton_step = triton_linear_step = None  # type: ignore[assignment]
 
 MAX_HEAD, MAX_SLOTS = 512, 256
 # Kernels are made for the interpreter or for a device when they are imported.
@@ -67,6 +68,7 @@ BACKEND = Backend(
     priority=20,
     step=triton_step,
     linear_forward=triton_linear_forward,
+    linear_step=triton_linear_step,
     traceable=True,
     forward_recomputing=partial(triton_forward, recompute=True),
     context_forward=triton_context_forward,

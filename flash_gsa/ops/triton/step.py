@@ -308,7 +308,7 @@ def launch(
         return o
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
     if split is None:
-        processors = _processors(q.device)
+        processors = processors_of(q.device)
         # Few groups end sooner in `step`. H100, float32: 4 (1.3B, B 1) 4.4 µs against 5.1, 8 (7B, B 1) 5.5 against 6.3;
         # but 32 (1.3B, B 8) 10.3 against 9.3. Between them nothing was measured.
         by_slots = by_slots and 16 * groups > processors
@@ -318,8 +318,8 @@ def launch(
             split = choose(groups, K, V, M, R, processors)
     P = split.programs
     BK, BV, BM, BR = (triton.next_power_of_2(x) for x in (K, V, M, R))
-    q, k, v, g = (_rows(x) for x in (q, k, v, g))
-    s = None if s is None else _rows(s)
+    q, k, v, g = (by_rows(x) for x in (q, k, v, g))
+    s = None if s is None else by_rows(s)
     parts = arrived = None
     with torch.cuda.device_of(q):
         if P > 1:
@@ -329,14 +329,16 @@ def launch(
         constants = {"K": K, "V": V, "M": M, "R": R, "P": P, "PER_MEETING": PER_MEETING, "HAS_S": s is not None}
         (hk_b, hk_h, hk_k, hk_m), (hv_b, hv_h, hv_m, hv_v) = (x.stride() for x in state)
         if by_slots:
-            BM, TILES = _cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
+            BM, TILES = cut(triton.cdiv(M, P), max(1, split.tile // max(BK, BV)))
             arguments = (*places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H)
             constants |= {"BK": BK, "BV": BV, "BM": BM, "TILES": TILES, "STAGES": min(split.stages, TILES + 1)}
             constants["AT_ONCE"] = max(1, min(P, 1024 * split.warps // BV))
+            # A thread loads 16 bytes of a row at once, and all threads as many rows as that makes.
+            constants["APART"] = max(1, min(BM, 32 * split.warps * (16 // state[0].element_size()) // BV))
             run(step_slots, groups * P, arguments, constants, split.warps)
         else:
-            BK, K_TILES = _cut(triton.cdiv(K, P), split.tile // BM)
-            BV, V_TILES = _cut(triton.cdiv(V, P), split.tile // BM)
+            BK, K_TILES = cut(triton.cdiv(K, P), split.tile // BM)
+            BV, V_TILES = cut(triton.cdiv(V, P), split.tile // BM)
             # Loads of fewer numbers than threads leave the tiles of Ṽ, which come in a loop, their layout: read in
             # that of a larger load, each costs thousands of cycles.
             AT_ONCE = 1 if V_TILES > 1 else max(1, min(P, 32 * split.warps // BM))
@@ -353,16 +355,16 @@ def lies_by_slots(state: State) -> bool:
     return hk.stride(2) == 1 and hv.stride(3) == 1
 
 
-def _rows(x: Tensor) -> Tensor:
+def by_rows(x: Tensor) -> Tensor:
     """x [B, ·, D] with rows one after the other; its batch stride is free."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _cut(length: int, most: int) -> tuple[int, int]:
+def cut(length: int, most: int) -> tuple[int, int]:
     """(width, number) of tiles that cover `length`; widths are powers of two up to `most`."""
     width = min(triton.next_power_of_2(length), most)
     return width, triton.cdiv(length, width)
 
 
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
