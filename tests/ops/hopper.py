@@ -1,20 +1,18 @@
 """Compiles the kernels for an H100, on a machine without one: `python -m tests.ops.hopper`.
 
-The interpreter runs kernels that the compiler would refuse. Triton brings what compiles for NVIDIA's GPUs, and asks a
-driver only for which; here one answers that is made up. Calls are made with tensors that have no memory, for which
-`launching.launch` compiles and does not run. The last line printed is {module.kernel: how often compiled}.
+The interpreter runs kernels that the compiler would refuse. Calls are made with tensors that have no memory, which
+compile and do not run (`benchmarks.hopper`). The last line printed is {module.kernel: how often compiled}.
 """
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.hopper import Driver
 from flash_gsa.ops.triton import launching, pointwise, step, step_linear
 from flash_gsa.ops.triton.abc import abc_gates
 from flash_gsa.ops.triton.cross_entropy import row_losses, scaled
@@ -22,25 +20,6 @@ from flash_gsa.ops.triton.library import attention, linear_attention
 from flash_gsa.ops.triton.tables import parts_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
-H100 = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class Driver:
-    """What the compiler asks of it."""
-
-    utils = SimpleNamespace(get_device_properties=lambda device: H100)
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def map_python_to_cpp_type(self, kind):
-        return kind
 
 
 def without_memory(*size: int, dtype: torch.dtype = BF16) -> Tensor:
