@@ -192,6 +192,32 @@ def operator_in_graphs(result: dict[str, Any]) -> str:
     return operator(result | {"decoding": []})
 
 
+def step_instructions(result: dict[str, Any]) -> str:
+    """Beside what the kernels of one of its commits took."""
+    measured = load("op_gpu_graphs")
+    copied = measured["ceilings"]["copy"]["bytes_per_second"]
+    took = {
+        (measured["about"]["commit"][:7], r["shape"]["name"], r.get("state", "float32"), r["shape"]["B"]): r["seconds"]
+        for r in measured["decoding"]
+        if r["implementation"] == "auto" and not r["problem"]
+    }
+    rows = []
+    for r in result["rows"]:
+        key = (r["commit"][:7], r["layer"], r["state"], r["sequences"])
+        rows.append(
+            [
+                f"`{key[0]}`",
+                f"{r['layer']}, states in {r['state']}",
+                *(f"{r['registers']}", f"{r['warps']}", f"{r['instructions_a_number']:.1f}"),
+                *(f"{1e6 * seconds:,.0f}" for seconds in (r["issue_seconds"], r["bytes"] / copied)),
+                f"{1e6 * took[key]:,.0f}" if key in took else "",
+            ]
+        )
+    heads = ["commit", "", "registers", "warps at a time", "instructions a number", "µs to issue them"]
+    heads += ["µs to move the state", f"µs measured, {result['rows'][0]['sequences']:,} sequences"]
+    return "\n\n".join([table(heads, rows), told(result["about"])])
+
+
 def operator_bytes(result: dict[str, Any]) -> str:
     return bytes_table.moved(result, load("op_gpu"))
 
@@ -360,6 +386,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "operator_memory": operator_memory,
     "between_products": step_table.between_products,
     "step_bounds": step_bounds,
+    "step_instructions": step_instructions,
     "step_energy": step_table.step_energy,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,
