@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from benchmarks.hopper import Driver
+from benchmarks.hopper import MULTIPROCESSORS, Driver
 from flash_gsa.ops.triton import launching, pointwise, step, step_linear
 from flash_gsa.ops.triton.abc import abc_gates
 from flash_gsa.ops.triton.cross_entropy import row_losses, scaled
@@ -45,15 +45,16 @@ def sequences() -> None:
 
 
 def tokens() -> None:
-    """A decoding step, of states that lie by slots and of others."""
-    for B, dtype in ((64, FP32), (64, BF16)):
+    """A decoding step, of states that lie by slots and of others; of few heads, too, which several programs share."""
+    for B, dtype in ((1, FP32), (9, FP32), (64, FP32), (64, BF16)):
         q, k, v, g = (without_memory(B, 4, size).detach() for size in (128, 128, 128, 64))
         hk, hv = (without_memory(B, 4, 64, 128, dtype=dtype).detach() for _ in "kv")
         for state in ((hk.transpose(2, 3), hv), (hk.view(B, 4, 128, 64), hv)):
             step.launch(q, k, v, g.float(), None, state, state, 1.0)
-    q, k, v, g = (without_memory(64, heads, 128).detach() for heads in (8, 4, 4, 4))
-    state = without_memory(64, 4, 128, 128, dtype=FP32).detach()
-    step_linear.launch(q, k, v, g.float(), state, state, 1.0)
+    for B in (1, 64):
+        q, k, v, g = (without_memory(B, heads, 128).detach() for heads in (8, 4, 4, 4))
+        state = without_memory(B, 4, 128, 128, dtype=FP32).detach()
+        step_linear.launch(q, k, v, g.float(), state, state, 1.0)
 
 
 def around_the_operator() -> None:
@@ -89,6 +90,11 @@ def main() -> None:
         return kernel
 
     launching.launch = counted
+    step.processors_of = step_linear.processors_of = lambda device: MULTIPROCESSORS
+    step.meeting_place = lambda groups, numbers, device: (
+        torch.empty(numbers, device=device),
+        torch.empty(groups, dtype=torch.int32, device=device),
+    )
     sequences()
     tokens()
     around_the_operator()
