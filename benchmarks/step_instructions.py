@@ -91,6 +91,7 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
     each = loop * 32 * split.warps / a_turn
     numbers = 2 * SEQUENCES * H * M * width
     return {
+        "triton": triton.__version__,
         "layer": name,
         "state": str(state).removeprefix("torch."),
         "sequences": SEQUENCES,

@@ -31,6 +31,7 @@ _MAY_DIFFER: tuple[str, ...] = (  # a section ends with a dot
     "logging.",
 )
 _MAY_DIFFER += ("engine.", "batch.micro_rows")
+_MAY_DIFFER += ("model.states",)  # the same bits
 
 
 def run_dir_of(recipe: Recipe) -> Path:
@@ -80,12 +81,18 @@ def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
     old = load_recipe(path)
     changed = {k: v for k, v in recipe_differences(old, recipe).items() if not _may_differ(k)}
     if changed:
-        lines = "".join(f"\n  - {key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
+        lines = "".join(
+            f"\n  - {key}: {_told(before)} there, {_told(now)} now" for key, (before, now) in changed.items()
+        )
         raise UsageError(
             f"{run_dir} holds a run of another recipe:{lines}\n"
             "Give the values it had to go on with it, set output_dir (or name) for a new run, or overwrite it "
             "(--fresh)."
         )
+
+
+def _told(value: object) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _may_differ(key: str) -> bool:

@@ -46,7 +46,7 @@ def _on_a_gpu() -> None:
 class Unrolled(WholeSequences):
     """Operators of whole sequences as sums over pairs of tokens."""
 
-    def gated_slot_attention(self, q, k, v, g, s, *, initial_state, output_final_state, cu_seqlens):
+    def gated_slot_attention(self, q, k, v, g, s, *, initial_state, output_final_state, cu_seqlens, states):
         assert initial_state is None
         x = {"q": q, "k": k, "v": v, "g": g} | ({} if s is None else {"s": s})
         o, _, _ = judge.unrolled(x, case_of(q, k, 1.0, cu_seqlens), q.dtype)

@@ -51,10 +51,19 @@ def tokens() -> None:
         hk, hv = (without_memory(B, 4, 64, 128, dtype=dtype).detach() for _ in "kv")
         for state in ((hk.transpose(2, 3), hv), (hk.view(B, 4, 128, 64), hv)):
             step.launch(q, k, v, g.float(), None, state, state, 1.0)
-    for B in (1, 64):
-        q, k, v, g = (without_memory(B, heads, 128).detach() for heads in (8, 4, 4, 4))
-        state = without_memory(B, 4, 128, 128, dtype=FP32).detach()
-        step_linear.launch(q, k, v, g.float(), state, state, 1.0)
+    for B, heads, K, V, gates in (
+        (1, 8, 128, 128, 128),
+        (64, 4, 256, 512, 256),
+        (64, 8, 100, 36, 100),
+        (2, 4, 80, 130, 1),
+    ):
+        q, k, v = (without_memory(B, n, size).detach() for n, size in ((heads, K), (4, K), (4, V)))
+        g = without_memory(B, 4, gates, dtype=FP32).detach().expand(B, 4, K)
+        state = without_memory(B, 4, K, V, dtype=FP32).detach()
+        step_linear.launch(q, k, v, g, state, state, 1.0)
+    q, k, v, g = (without_memory(9, heads, size).detach() for heads, size in ((8, 80), (4, 80), (4, 36), (4, 33)))
+    hk, hv = (without_memory(9, 4, 33, size, dtype=FP32).detach() for size in (80, 36))
+    step.launch(q, k, v, g.float(), None, (hk.transpose(2, 3), hv), (hk.transpose(2, 3), hv), 1.0)
 
 
 def around_the_operator() -> None:

@@ -58,7 +58,7 @@ def check(token, state, scale=0.7, split=None):
 
 def test_how_heads_are_split():
     for groups in (1, 4, 32, 256, 4096):
-        for V in (16, 33, 128, 512):
+        for V in (16, 33, 128, 130, 192, 320, 512):
             for R in (1, 2, 4, 8):
                 split = choose(groups, V, R, 132)
                 width = triton.next_power_of_2(triton.cdiv(V, split.programs))

@@ -216,7 +216,7 @@ def main(folder: Path, rank: int, ranks: int) -> None:
         torch.cuda.set_device(place(rank))
     store = dist.FileStore(str(folder / "store"), ranks)
     name = "nccl" if on_gpus else "gloo"
-    dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=500))
     found = {}
     for size, several in cases.items():
         if size > ranks:

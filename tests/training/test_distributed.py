@@ -28,7 +28,7 @@ from ..conftest import made_once
 from .conftest import write_tiny
 from .processes import go_on_from
 
-pytestmark = pytest.mark.timeout(600)  # a dozen runs of two processes are made at once, for all tests
+pytestmark = pytest.mark.timeout(1000)  # a dozen runs of two processes are made at once, for all tests
 KINDS = {
     "ddp": ["engine.kind=ddp"],
     "fsdp2": ["engine.kind=fsdp2"],

@@ -168,6 +168,17 @@ def test_kernels_keep_what_is_estimated():
         assert saved(lambda: step._Linear.apply(q, k, v, g)) == pytest.approx(theirs, rel=0.001)
 
 
+def test_states_that_are_computed_again_are_there_in_the_backward():
+    def worst(again):
+        with FakeTensorMode(allow_non_fake_inputs=True), step._Live(torch.nn.Linear(1, 1), 1.0) as live:
+            q, k, v = (torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+            g = torch.empty(1, 1024, 2, 64, requires_grad=True)
+            step._Slots.apply(q, k, v, g, None, again).sum().backward()
+        return live.worst
+
+    assert worst(True) == worst(False)
+
+
 def test_a_block_keeps_what_is_counted_by_hand():
     tokens, d, inner, heads, slots = 2048, 64, 128, 2, 16
 

@@ -640,9 +640,12 @@ def test_another_seed_is_another_run(make_recipe, tmp_path):
 def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
     train(make_recipe(), on_event=At(5, send(signal.SIGTERM)))
     with pytest.raises(UsageError) as caught:
-        train(make_recipe("optimizer.lr=2e-2", "model.num_slots=8"))
+        train(make_recipe("optimizer.lr=2e-2", "model.num_slots=8", "model.use_norm=false"))
     assert "optimizer.lr: 0.01 there, 0.02 now" in str(caught.value)
     assert "model.num_slots: 4 there, 8 now" in str(caught.value)
+    assert "model.use_norm: not given there, False now" in str(caught.value)
+    went_on = train(make_recipe("model.states=recompute"))  # the same bits
+    assert curve(went_on.run_dir) == curve(uninterrupted)
     with pytest.raises(UsageError, match="already holds a run"):
         train(make_recipe(), existing="refuse")
     harmless = make_recipe(

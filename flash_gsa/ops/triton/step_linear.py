@@ -72,6 +72,8 @@ def choose(groups: int, V: int, R: int, processors: int) -> Split:
     programs = 1
     while programs * groups * warps < 6 * processors and 2 * programs * NARROWEST <= V:
         programs *= 2
+    # None without columns, where widths that are powers of two need fewer.
+    programs = triton.cdiv(V, triton.next_power_of_2(triton.cdiv(V, programs)))
     return Split(programs, tile, warps, stages=6 if R == 1 else 4)
 
 

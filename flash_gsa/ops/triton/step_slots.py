@@ -51,8 +51,8 @@ def step_slots(
         query = tl.load(q + b * q_b + (h * R + r) * K + ok, mask=ok < K, other=0.0).to(tl.float32)
         queries += (query * scale,)  # type: ignore[assignment]
 
-    # Of each row that is apart its own top, sum and o. A top for each row of a tile, and all rows after the loop, took
-    # 214 registers in float32 and 219 in bfloat16 where this takes 128 and 167 (7B layer): a half more warps at a time.
+    # Of each row that is apart its own top, sum and o. With those of every row of a tile, 7B layer: 214 registers in
+    # float32 and 219 in bfloat16 where this takes 128 and 167 (`benchmarks.step_instructions`).
     tops, sums, reads = (), (), ()
     for _ in tl.static_range(R):
         tops += (tl.full((APART,), -3e38, tl.float32),)  # type: ignore[assignment]
