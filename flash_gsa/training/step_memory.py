@@ -184,16 +184,21 @@ def _sizes_only() -> Iterator[None]:
 
 def _shared(q: Tensor, k_width: int, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """What the kernels prepare of gates, and the states between chunks: as `ops/triton/passes.py` keeps them."""
+    sums = torch.empty_like(g, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
+    return sums, torch.empty_like(g, dtype=_half(q)), *_states(q, k_width, v, g)
+
+
+def _states(q: Tensor, k_width: int, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The states between chunks."""
     B, T, H, M = g.shape
-    half = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     tiles = choose(q.dtype, k_width, v.shape[3], M, q.shape[2] // H, torch.device("cpu"))
     between = B * T // tiles.C  # at most, however the tokens are cut into rows and documents
-    return (
-        torch.empty_like(g, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32),
-        torch.empty_like(g, dtype=half),
-        g.new_empty(between, H, M, k_width, dtype=half),
-        g.new_empty(between, H, M, v.shape[3], dtype=half),
-    )
+    hk, hv = (g.new_empty(between, H, M, width, dtype=_half(q)) for width in (k_width, v.shape[3]))
+    return hk, hv
+
+
+def _half(q: Tensor) -> torch.dtype:
+    return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
 class _Slots(Function):
@@ -212,7 +217,7 @@ class _Slots(Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, g, s, *_, p, _ = ctx.saved_tensors
-        again = _shared(q, k.shape[3], v, g)[2:] if ctx.recompute else ()
+        again = _states(q, k.shape[3], v, g) if ctx.recompute else ()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg, ds = torch.empty_like(g, dtype=torch.float32), None if s is None else torch.empty_like(s)
         # Read, written and carried parts of gates' gradients; those of states lie where dv and the states are.

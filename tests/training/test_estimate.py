@@ -168,15 +168,20 @@ def test_kernels_keep_what_is_estimated():
         assert saved(lambda: step._Linear.apply(q, k, v, g)) == pytest.approx(theirs, rel=0.001)
 
 
-def test_states_that_are_computed_again_are_there_in_the_backward():
-    def worst(again):
+def test_states_that_are_computed_again_are_there_in_the_backward(monkeypatch):
+    def worst():
         with FakeTensorMode(allow_non_fake_inputs=True), step._Live(torch.nn.Linear(1, 1), 1.0) as live:
-            q, k, v = (torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+            q, k, v = (torch.empty(1, 1024, 2, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
             g = torch.empty(1, 1024, 2, 64, requires_grad=True)
-            step._Slots.apply(q, k, v, g, None, again).sum().backward()
-        return live.worst
+            states = sum(x.nbytes for x in step._states(q, 256, v, g))
+            step._Slots.apply(q, k, v, g, None, True).backward(torch.empty_like(q))
+        return live.worst, states
 
-    assert worst(True) == worst(False)
+    most, states = worst()
+    monkeypatch.setattr(step, "_states", lambda *_: ())
+    less, none = worst()
+    assert states > none == 0
+    assert most - less >= states
 
 
 def test_a_block_keeps_what_is_counted_by_hand():

@@ -645,7 +645,7 @@ def test_another_recipe_in_the_same_folder(make_recipe, uninterrupted):
     assert "model.num_slots: 4 there, 8 now" in str(caught.value)
     assert "model.use_norm: not given there, False now" in str(caught.value)
     went_on = train(make_recipe("model.states=recompute"))  # the same bits
-    assert curve(went_on.run_dir) == curve(uninterrupted)
+    assert_same(went_on, uninterrupted)
     with pytest.raises(UsageError, match="already holds a run"):
         train(make_recipe(), existing="refuse")
     harmless = make_recipe(
