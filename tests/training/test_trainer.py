@@ -358,7 +358,7 @@ def test_other_texts_under_the_name_are_refused(make_recipe, tmp_path):
     (tmp_path / "other.jsonl").write_text("\n".join(lines[:-1]))
     with pytest.raises(UsageError, match=r"cannot go on in the data: data was .* when the run was saved"):
         train(make_recipe(f"data.source={tmp_path}/other.jsonl"))
-    with pytest.raises(UsageError, match=r"another recipe:\s+- data.source_field: None there, 'from' now"):
+    with pytest.raises(UsageError, match=r"another recipe:\s+- data.source_field: not given there, 'from' now"):
         train(make_recipe("data.source_field=from"))
 
 
