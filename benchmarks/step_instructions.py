@@ -116,15 +116,12 @@ def main() -> None:
     parser.add_argument("--commit")
     options = parser.parse_args()
     driver.set_active(Driver())
-    told = about("python -m benchmarks.step_instructions", "cpu", options.commit)
+    command = shlex.join(["python", "-m", "benchmarks.step_instructions", *sys.argv[1:]])
+    told = about(command, "cpu", options.commit)
     rows = [{"commit": told["commit"], **row(*layer, state)} for layer in LAYERS for state in FORMATS]
     before = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     others = [r for r in before if r["commit"] != told["commit"]]
-    write({"about": told | {"command": shlex.join(["python", "-m", *_typed()])}, "rows": others + rows}, options.output)
-
-
-def _typed() -> list[str]:
-    return ["benchmarks.step_instructions", *sys.argv[1:]]
+    write({"about": told, "rows": others + rows}, options.output)
 
 
 if __name__ == "__main__":

@@ -333,8 +333,7 @@ def launch(
             arguments = (*places, *strides, hk_b, hk_h, hk_m, hv_b, hv_h, hv_m, scale, H)
             constants |= {"BK": BK, "BV": BV, "BM": BM, "TILES": TILES, "STAGES": min(split.stages, TILES + 1)}
             constants["AT_ONCE"] = max(1, min(P, 1024 * split.warps // BV))
-            # A thread loads 16 bytes of a row at once, and all threads as many rows as that makes.
-            constants["APART"] = max(1, min(BM, 32 * split.warps * (16 // state[0].element_size()) // BV))
+            constants["APART"] = rows_apart(BM, BV, split.warps, state[0].element_size())
             run(step_slots, groups * P, arguments, constants, split.warps)
         else:
             BK, K_TILES = cut(triton.cdiv(K, P), split.tile // BM)
@@ -364,6 +363,11 @@ def cut(length: int, most: int) -> tuple[int, int]:
     """(width, number) of tiles that cover `length`; widths are powers of two up to `most`."""
     width = min(triton.next_power_of_2(length), most)
     return width, triton.cdiv(length, width)
+
+
+def rows_apart(rows: int, width: int, warps: int, itemsize: int) -> int:
+    """How many of a tile's rows lie in different threads: a thread loads 16 bytes of a row at once."""
+    return max(1, min(rows, 32 * warps * (16 // itemsize) // width))
 
 
 def processors_of(device: torch.device) -> int:

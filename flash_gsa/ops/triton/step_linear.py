@@ -14,7 +14,7 @@ from torch import Tensor
 from ..once import differentiated
 from ..reference_linear import reference_linear_step
 from .launching import run
-from .step import MOST_AT_ONCE, Split, by_rows, cut, processors_of
+from .step import MOST_AT_ONCE, Split, by_rows, cut, processors_of, rows_apart
 from .step_slots import load_rows, store_rows
 
 NARROWEST = 32
@@ -123,8 +123,7 @@ def launch(
     BV = triton.next_power_of_2(triton.cdiv(V, P))
     BK, TILES = cut(K, max(1, split.tile // BV))
     constants = {"K": K, "V": V, "R": R, "P": P, "BK": BK, "BV": BV, "TILES": TILES, "ONE_GATE": one_gate}
-    # A thread loads 16 bytes of a row at once, and all threads as many rows as that makes.
-    constants["APART"] = max(1, min(BK, 32 * split.warps * (16 // state.element_size()) // BV))
+    constants["APART"] = rows_apart(BK, BV, split.warps, state.element_size())
     constants["STAGES"] = min(split.stages, TILES + 1)
     strides = [x.stride(0) for x in (q, k, v, g, state)]
     with torch.cuda.device_of(q):
