@@ -73,7 +73,7 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
 
     hk, hv = (empty(H, M, width, dtype=state) for _ in "kv")
     states = (hk.transpose(2, 3), hv)
-    split = step.choose_by_slots(SEQUENCES * H, M, HQ // H, state.itemsize, MULTIPROCESSORS)
+    split = step.choose_by_slots(SEQUENCES * H, M, width, HQ // H, state.itemsize, MULTIPROCESSORS)
     launching.launch = kept
     try:
         token = (empty(HQ, width), empty(H, width), empty(H, width), empty(H, M, dtype=torch.float32), None)

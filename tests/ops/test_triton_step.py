@@ -6,6 +6,7 @@ chosen when triton is imported: collected without TRITON_INTERPRET=1, this file 
 GPU's.
 """
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -101,18 +102,20 @@ def test_programs_of_a_pass_over_slots():
     """None without a slot; more programs only where there are fewer heads; none where there is no chip."""
     for processors in (1, 132, 148):
         for M in (1, 33, 64, 256, 4096):
-            for R in (1, 4, 8):
+            for D, R in itertools.product((16, 128, 512), (1, 4, 8)):
                 for itemsize in (2, 4):
                     counts = [
-                        choose_by_slots(groups, M, R, itemsize, processors).programs
+                        choose_by_slots(groups, M, D, R, itemsize, processors).programs
                         for groups in (1, 4, 32, 128, 132, 264, 512, 4096)
                     ]
                     assert counts == sorted(counts, reverse=True)
                     assert all(P <= M and arrivals.PER_MEETING % P == 0 for P in counts)
                     assert counts[-1] == 1
-    assert choose_by_slots(1, 64, 1, 4, processors=0).programs == 1
-    assert choose_by_slots(32, 64, 1, 4, processors=132).programs == 8
-    assert choose_by_slots(128, 64, 1, 2, processors=132).programs == 4
+    assert choose_by_slots(1, 64, 512, 1, 4, processors=0).programs == 1
+    assert choose_by_slots(64, 64, 512, 1, 4, processors=132).programs == 8
+    assert choose_by_slots(128, 64, 512, 1, 2, processors=132).programs == 1
+    assert choose_by_slots(128, 64, 128, 4, 2, processors=132).programs == 4
+    assert choose_by_slots(256, 64, 128, 4, 2, processors=132).programs == 1
 
 
 def test_which_states_lie_by_slots():

@@ -202,29 +202,35 @@ def choose(groups: int, K: int, V: int, M: int, R: int, processors: int) -> Spli
     return Split(programs, tile, warps=4, stages=4 if programs == 1 else 3)
 
 
-def choose_by_slots(groups: int, M: int, R: int, itemsize: int, processors: int) -> Split:
-    """The same for `step_slots`, where no program waits for another; a number of the state has `itemsize` bytes.
+def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processors: int) -> Split:
+    """The same for `step_slots`, where no program waits for another; D: the wider of a slot's two rows, a number of
+    which has `itemsize` bytes.
 
     Times are µs a layer on one H100 (132 multiprocessors), B sequences with 64 slots: 1.3B has 4 heads of 512, 7B 32
     query and 8 key/value heads of 128.
     """
-    # One query head: of a tile a thread loads 32 bytes. 1.3B: float32, B 32, 26.9 against 28.9 with twice that;
-    # bfloat16, B 8, 6.7 against 8.4 with half of it.
-    # Several: one warp adds up their outputs alone; two meet for it in every sum. 7B float32, B 64: 28.4 and 30.7.
-    tile, each = (1024, 32 // itemsize) if R == 1 else (512, 16 if R <= 4 else 8)
-    warps = tile // (32 * each)
+    if R == 1:
+        # Of a tile a thread loads 64 bytes. Half of that, 1.3B: float32, B 256, 195 instead of 191; bfloat16, B 64,
+        # 27.8 instead of 27.6. Twice the threads: bfloat16, B 64, 29.1.
+        tile, warps = 2048, itemsize
+    else:
+        # Two warps meet in the sum of every row for every query head, one does not: 7B bfloat16, B 64, 15.5 and 18.4.
+        # Eight query heads leave fewer registers: 17.2 with 512 numbers, 22.8 with 1,024.
+        tile, warps = 1024 if R <= 4 else 512, 1
     programs = 1
-    # From three warps a multiprocessor a split costs more than it brings: 1.3B bfloat16, B 64, one program 27.9, two
-    # 28.4. Below that it pays up to eight: B 32, one 17.4, two 15.7, four 15.0. Eight slots at least: B 8, programs of
-    # eight 6.7, of four 7.0.
-    if groups * warps < 3 * processors:
-        while programs * groups * warps < 6 * processors and 2 * programs <= min(M // 8, PER_MEETING):
+    # Only where heads alone leave the chip idle. 1.3B float32: B 32, one program 26.5, two 28.8, four 27.8; B 16, one
+    # 15.6, four 14.4, eight 14.1. 7B bfloat16: B 32, one 10.2, four 11.9; B 16, one 9.3, four 8.0.
+    if groups * tile < 1536 * processors:
+        if R > 1:
+            # 7B float32, B 8: 512 numbers and eight programs 7.8, 1,024 and four 8.4.
+            tile = min(tile, 2048 // itemsize)
+        # Each has two tiles at least: 7B bfloat16, B 16, one tile 8.5, two 8.0. And adds up R·P parts, not too many:
+        # eight query heads, B 16, four programs 11.8, eight 12.9.
+        most = min(M // (2 * max(1, tile // D)), 32 // R, PER_MEETING)
+        while programs * groups * tile < 6144 * processors and 2 * programs <= most:
             programs *= 2
-    # 7B bfloat16, B 64: one program of two warps 18.8, two such 27.6; one warp was not measured.
-    if programs == 1 and R > 1 and itemsize == 2:
-        tile, warps = 2 * tile, 2 * warps
-    # 1.3B float32, B 32: six stages 26.9, four 28.1. 7B bfloat16, B 64: six 19.8, four 18.8.
-    return Split(programs, tile, warps, stages=6 if R == 1 else 4)
+    # 1.3B bfloat16: B 64, three stages 26.8, four 27.6; B 32, 17.1 and 16.3.
+    return Split(programs, tile, warps, stages=4)
 
 
 def triton_step(
@@ -306,6 +312,7 @@ def launch(
     o = q.new_empty(B, HQ, V)
     if groups == 0:
         return o
+    BK, BV, BM, BR = (triton.next_power_of_2(x) for x in (K, V, M, R))
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
     if split is None:
         processors = processors_of(q.device)
@@ -313,11 +320,10 @@ def launch(
         # but 32 (1.3B, B 8) 10.3 against 9.3. Between them nothing was measured.
         by_slots = by_slots and 16 * groups > processors
         if by_slots:
-            split = choose_by_slots(groups, M, R, state[0].element_size(), processors)
+            split = choose_by_slots(groups, M, max(BK, BV), R, state[0].element_size(), processors)
         else:
             split = choose(groups, K, V, M, R, processors)
     P = split.programs
-    BK, BV, BM, BR = (triton.next_power_of_2(x) for x in (K, V, M, R))
     q, k, v, g = (by_rows(x) for x in (q, k, v, g))
     s = None if s is None else by_rows(s)
     parts = arrived = None
