@@ -129,10 +129,11 @@ def test_which_states_lie_by_slots():
     ("sizes", "kernel"),
     [
         ({"B": 1}, "step"),
-        ({"B": 9}, "step_slots"),
-        ({"B": 9, "order": "KM"}, "step"),
-        ({"B": 9, "HQ": 8}, "step_slots"),
-        ({"B": 9, "HQ": 9}, "step"),
+        ({"B": 9, "HQ": 1}, "step_slots"),
+        ({"B": 9, "HQ": 1, "order": "KM"}, "step"),
+        ({"B": 16, "HQ": 8}, "step"),
+        ({"B": 17, "HQ": 8}, "step_slots"),
+        ({"B": 17, "HQ": 9}, "step"),
     ],
     ids=str,
 )
@@ -150,7 +151,7 @@ def test_which_kernel_runs(monkeypatch, sizes, kernel):
     for name in ("step", "step_slots"):
         monkeypatch.setattr(step, name, Kernel(name))
     monkeypatch.setattr(step, "meeting_place", lambda groups, numbers, device: (None, None))
-    for processors, expected in ((132, kernel), (0, "step_slots" if sizes == {"B": 1} else kernel)):
+    for processors, expected in ((132, kernel), (0, "step_slots" if sizes["B"] in (1, 16) else kernel)):
         monkeypatch.setattr(step, "processors_of", lambda device, processors=processors: processors)
         token, state = make(**{"order": "MK"} | sizes)
         launch(*token, state, state, 0.7)
@@ -175,7 +176,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_in_the_interpreter():
         run_in_interpreter(__file__)
 
-    MANY = 12  # sequences, enough for `step_slots` even of one head each
+    MANY = 20  # sequences, enough for `step_slots` even of one head each
     MODEL_1B = {"HQ": 4, "H": 4, "K": 512, "V": 512, "M": 64}
     MODEL_7B = {"HQ": 32, "H": 8, "K": 128, "V": 128, "M": 64}
     LARGEST = {"HQ": 2, "H": 1, "K": 512, "V": 512, "M": 256}  # heads and slots at their limits

@@ -210,9 +210,11 @@ def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processo
     query and 8 key/value heads of 128.
     """
     if R == 1:
-        # Of a tile a thread loads 64 bytes. Half of that, 1.3B: float32, B 256, 195 instead of 191; bfloat16, B 64,
-        # 27.8 instead of 27.6. Twice the threads: bfloat16, B 64, 29.1.
-        tile, warps = 2048, itemsize
+        # Four slots, of which a thread loads 64 bytes. Two slots, 1.3B: float32, B 256, 195 instead of 191; bfloat16,
+        # B 64, 27.8 instead of 27.6. Eight, the 340M layer (4 heads of 256), B 8: float32 7.2 instead of 6.2.
+        # Twice the threads, 1.3B: bfloat16, B 64, 29.1.
+        tile = min(2048, 4 * D)
+        warps = max(1, tile * itemsize // 2048)
     else:
         # Two warps meet in the sum of every row for every query head, one does not: 7B bfloat16, B 64, 15.5 and 18.4.
         # Eight query heads leave fewer registers: 17.2 with 512 numbers, 22.8 with 1,024.
@@ -316,9 +318,9 @@ def launch(
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
     if split is None:
         processors = processors_of(q.device)
-        # Few groups end sooner in `step`. H100, float32: 4 (1.3B, B 1) 4.4 µs against 5.1, 8 (7B, B 1) 5.5 against 6.3;
-        # but 32 (1.3B, B 8) 10.3 against 9.3. Between them nothing was measured.
-        by_slots = by_slots and 16 * groups > processors
+        # Few groups end sooner in `step`. H100, float32: 8 (1.3B, B 2) 5.2 µs against 5.4, 16 (B 4) 7.3 against 6.3;
+        # several query heads: 16 (7B, B 2) 5.5 against 5.6, in bfloat16 5.1 against 6.2; 32 (B 4) 6.9 against 6.8.
+        by_slots = by_slots and groups > processors // (16 if R == 1 else 8)
         if by_slots:
             split = choose_by_slots(groups, M, max(BK, BV), R, state[0].element_size(), processors)
         else:
