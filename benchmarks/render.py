@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bytes_table, step_table
+from benchmarks import bytes_table, decoding_table, step_table
 from benchmarks.markdown import minutes, table, told
 from benchmarks.operator_table import lengths, operator, summary
 from benchmarks.recipe_heads import recipes_with_heads, with_head
@@ -36,7 +36,7 @@ FILES = {
     "operator_memory": "operator_bytes",
     "between_products": "train_gpu",
     "step_bounds": "train_gpu",
-    "step_energy": "train_gpu_power",
+    "step_energy": "train_gpu",
 }
 """Blocks of the file of another block."""
 
@@ -182,40 +182,22 @@ def kernel_trials(result: dict[str, Any]) -> str:
 
 
 def operator_on_a_gpu(result: dict[str, Any]) -> str:
-    """Decoding and the start of a process are other commands', and may not be measured yet."""
-    later = [load(name) for name in ("op_gpu_graphs", "op_gpu_cold") if (RESULTS / f"{name}.json").exists()]
+    """The start of a process is another command's, and may not be measured yet."""
+    later = [load(name) for name in ("op_gpu_cold",) if (RESULTS / f"{name}.json").exists()]
     return operator(combined(result, *(other | {"shapes": []} for other in later)))
 
 
-def operator_in_graphs(result: dict[str, Any]) -> str:
-    """Shapes alone, eagerly and in graphs; `operator_on_a_gpu` has its decoding."""
-    return operator(result | {"decoding": []})
+def shapes_alone(result: dict[str, Any]) -> str:
+    """Of an earlier run, whose other parts have been measured again since."""
+    return operator(result | {"layer": [], "decoding": []})
+
+
+def step_splits(result: dict[str, Any]) -> str:
+    return decoding_table.splits(result)
 
 
 def step_instructions(result: dict[str, Any]) -> str:
-    """Beside what the kernels of one of its commits took."""
-    measured = load("op_gpu_graphs")
-    copied = measured["ceilings"]["copy"]["bytes_per_second"]
-    took = {
-        (measured["about"]["commit"][:7], r["shape"]["name"], r.get("state", "float32"), r["shape"]["B"]): r["seconds"]
-        for r in measured["decoding"]
-        if r["implementation"] == "auto" and not r["problem"]
-    }
-    rows = []
-    for r in result["rows"]:
-        key = (r["commit"][:7], r["layer"], r["state"], r["sequences"])
-        rows.append(
-            [
-                f"`{key[0]}`, Triton {r['triton']}",
-                f"{r['layer']}, states in {r['state']}",
-                *(f"{r['registers']}", f"{r['warps']}", f"{r['instructions_a_number']:.1f}"),
-                *(f"{1e6 * seconds:,.0f}" for seconds in (r["issue_seconds"], r["bytes"] / copied)),
-                f"{1e6 * took[key]:,.0f}" if key in took else "",
-            ]
-        )
-    heads = ["commit", "", "registers", "warps at a time", "instructions a number", "µs to issue them"]
-    heads += ["µs to move the state", f"µs measured, {result['rows'][0]['sequences']:,} sequences"]
-    return "\n\n".join([table(heads, rows), told(result["about"])])
+    return decoding_table.instructions(result, load("op_gpu"), load("step_splits"))
 
 
 def operator_bytes(result: dict[str, Any]) -> str:
@@ -390,7 +372,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prose_100m": prose,
     "op_cpu": operator,
     "op_gpu": operator_on_a_gpu,
-    "op_gpu_graphs": operator_in_graphs,
+    "op_gpu_graphs": shapes_alone,
+    "op_gpu_packed": operator,
     "op_gpu-summary": summary,
     "op_gpu_lengths": lengths,
     "operator_bytes": operator_bytes,
@@ -398,6 +381,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "between_products": step_table.between_products,
     "step_bounds": step_bounds,
     "step_instructions": step_instructions,
+    "step_splits": step_splits,
     "step_energy": step_table.step_energy,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,

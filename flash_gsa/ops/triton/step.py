@@ -318,9 +318,7 @@ def launch(
     by_slots = lies_by_slots(state) and R <= MOST_AT_ONCE
     if split is None:
         processors = processors_of(q.device)
-        # Few groups end sooner in `step`. H100, float32: 8 (1.3B, B 2) 5.2 µs against 5.4, 16 (B 4) 7.3 against 6.3;
-        # several query heads: 16 (7B, B 2) 5.5 against 5.6, in bfloat16 5.1 against 6.2; 32 (B 4) 6.9 against 6.8.
-        by_slots = by_slots and groups > processors // (16 if R == 1 else 8)
+        by_slots = by_slots and takes_slots(groups, R, processors)
         if by_slots:
             split = choose_by_slots(groups, M, max(BK, BV), R, state[0].element_size(), processors)
         else:
@@ -354,6 +352,15 @@ def launch(
             constants |= {"K_TILES": K_TILES, "V_TILES": V_TILES, "AT_ONCE": AT_ONCE, "STAGES": split.stages}
             run(step, groups * P, arguments, constants, split.warps)
     return o
+
+
+def takes_slots(groups: int, R: int, processors: int) -> bool:
+    """Whether `step_slots` ends sooner than `step`: not where there are few groups.
+
+    H100, float32: 8 (1.3B, B 2) 5.4 µs against 5.2, 16 (B 4) 6.3 against 7.3; several query heads: 16 (7B, B 2) 5.6
+    against 5.5, in bfloat16 6.2 against 5.1; 32 (B 4) 6.8 against 6.9.
+    """
+    return groups > processors // (16 if R == 1 else 8)
 
 
 def lies_by_slots(state: State) -> bool:
