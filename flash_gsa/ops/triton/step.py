@@ -213,7 +213,7 @@ def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processo
         # Four slots, of which a thread loads 64 bytes. Two slots, 1.3B: float32, B 256, 195 instead of 191; bfloat16,
         # B 64, 27.8 instead of 27.6. Eight, the 340M layer (4 heads of 256), B 8: float32 7.2 instead of 6.2.
         # Twice the threads, 1.3B: bfloat16, B 64, 29.1.
-        tile = min(2048, 4 * D)
+        tile = min(2048, max(512, 4 * D))
         warps = max(1, tile * itemsize // 2048)
     else:
         # Two warps meet in the sum of every row for every query head, one does not: 7B bfloat16, B 64, 15.5 and 18.4.
