@@ -35,7 +35,7 @@ format: $(VENV)/.installed   ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 test-gpu: $(VENV)/.installed   ## everything that needs a CUDA device; writes benchmarks/results/test_gpu.json
-	$(BIN)/python -m pytest -m gpu -n 4 --record benchmarks/results/test_gpu.json
+	$(BIN)/python -m pytest -m gpu -n $(or $(JOBS),4) --dist worksteal --record benchmarks/results/test_gpu.json
 
 bench: $(VENV)/.installed   ## the operator on this machine's CPU: result, pictures, tables in the documents
 	$(BIN)/flash-gsa bench op --device cpu --output benchmarks/results/op_cpu.json --plots docs/results

@@ -1,7 +1,8 @@
 """What a shipped recipe is expected to take: the block in its head between `# <!-- expected -->` and `# <!-- end -->`.
 
 Memory is the estimate of a dry run. Time is the model's FLOPs over what a GPU reaches of its peak: alone, as measured
-of a model of that size (SIZES); beside others, that times what two reached of one (`python -m benchmarks.scaling`).
+of a model of that size or the nearest (SIZES); beside others, that times what two reached of one
+(`python -m benchmarks.scaling`).
 """
 
 import json
@@ -18,8 +19,13 @@ from flash_gsa.training.recipe_file import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
-SIZES = {"gsa_340m": "train_gpu_340m", "prose_100m": "train_gpu_130m"}
-"""Recipe → the result of `flash-gsa bench train` for a model of its size. For others: scaling.json, of the 1.3B."""
+SIZES = {
+    "gsa_340m": "train_gpu_340m",
+    "gsa_1.3b": "train_gpu_bf16",
+    "gsa_2.7b": "train_gpu_bf16",
+    "prose_100m": "train_gpu_130m",
+}
+"""Recipe → the result of `flash-gsa bench train` on GPU for a model of its size, or the nearest."""
 BLOCK = re.compile(r"(# <!-- expected -->\n).*?(# <!-- end -->)", re.DOTALL)
 GPU, MEMORY = "H100", 0.9 * 79 * GIB
 """What PyTorch sees of an H100 with 80 GB, less what its allocator may lose between tensors."""

@@ -151,7 +151,8 @@ def gated_linear_attention(
         o_t = scale · S_tᵀ q_t
 
     which is the second pass of `gated_slot_attention`: keys stand for write strengths, queries for the softmax.
-    Query heads share the states of their group: query head i reads key/value head i // (HQ / H).
+    Query heads share the states of their group: query head i reads key/value head i // (HQ / H). The states between
+    chunks are kept for the backward, up to K·V·H·T/C numbers (C: as there).
 
     Args:
         q: queries [B, T, HQ, K].

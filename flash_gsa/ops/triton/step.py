@@ -211,8 +211,9 @@ def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processo
     """
     if R == 1:
         # Four slots, of which a thread loads 64 bytes. Two slots, 1.3B: float32, B 256, 195 instead of 191; bfloat16,
-        # B 64, 27.8 instead of 27.6. Eight, the 340M layer (4 heads of 256), B 8: float32 7.2 instead of 6.2.
-        # Twice the threads, 1.3B: bfloat16, B 64, 29.1.
+        # B 64, 27.8 instead of 27.6. Eight, the 340M layer (4 heads of 256), float32: B 8, four programs, 7.2 instead
+        # of 6.7; B 256, 99 instead of 100. Twice the threads, 1.3B: bfloat16, B 64, 29.1. Narrower heads than 128
+        # have more slots a tile, which was not measured.
         tile = min(2048, max(512, 4 * D))
         warps = max(1, tile * itemsize // 2048)
     else:
@@ -227,7 +228,7 @@ def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processo
             # 7B float32, B 8: 512 numbers and eight programs 7.8, 1,024 and four 8.4.
             tile = min(tile, 2048 // itemsize)
         # Each has two tiles at least: 7B bfloat16, B 16, one tile 8.5, two 8.0. And adds up R·P parts, not too many:
-        # eight query heads, B 16, four programs 11.8, eight 12.9.
+        # eight query heads, B 16, four programs 11.8, eight 12.9 (B 8, 10.9 and 10.4).
         most = min(M // (2 * max(1, tile // D)), 32 // R, PER_MEETING)
         while programs * groups * tile < 6144 * processors and 2 * programs <= most:
             programs *= 2
@@ -357,10 +358,11 @@ def launch(
 def takes_slots(groups: int, R: int, processors: int) -> bool:
     """Whether `step_slots` ends sooner than `step`: not where there are few groups.
 
-    H100, float32: 8 (1.3B, B 2) 5.4 µs against 5.2, 16 (B 4) 6.3 against 7.3; several query heads: 16 (7B, B 2) 5.6
-    against 5.5, in bfloat16 6.2 against 5.1; 32 (B 4) 6.8 against 6.9.
+    H100, float32: 8 (1.3B, B 2) 5.4 µs against 5.2, 16 (B 4) 6.3 against 7.3; four query heads: 16 (7B, B 2) 5.6
+    against 5.5, in bfloat16 6.2 against 5.1; 32 (B 4) 6.8 against 6.9, in bfloat16 6.6 against 6.4; eight: 32 (B 4)
+    10.5 against 9.4, 64 (B 8) 10.9 against 13.5.
     """
-    return groups > processors // (16 if R == 1 else 8)
+    return groups > processors // (16 if R == 1 else 8 if R <= 4 else 4)
 
 
 def lies_by_slots(state: State) -> bool:

@@ -72,10 +72,10 @@ def choose(groups: int, V: int, R: int, processors: int) -> Split:
     128 × 128.
     """
     # A program of few columns has them of many rows at once. RetNet, B 256: 64 columns 735, all of them 761; HGRN2,
-    # B 64: 50.4 and 54.4. Half as many columns where heads are few: RetNet, B 4, 14.6 instead of 15.6.
+    # B 64: 50.4 and 54.4. Half as many columns where heads are few: RetNet, B 4, 14.7 instead of 15.6.
     few = groups * triton.cdiv(V, 2 * NARROWEST) < 3 * processors
     programs = triton.cdiv(V, NARROWEST if few else 2 * NARROWEST)
-    # One query head: half as many numbers, RetNet, B 64, 192.1 instead of 191.0. Several: where programs alone fill the
+    # One query head: half as many numbers, RetNet, B 64, 192.1 instead of 190.6. Several: where programs alone fill the
     # chip one warp does, 4 of 128 to each of 8 heads, B 64, 27.8, with four warps 34.5; but B 4, 8.0 and 5.7. 8 to each
     # of 2 heads of 256 × 512, B 64, 53.3 with 512 numbers, 55.3 with 1,024.
     tile, warps = (2048, 4) if R == 1 or few else (1024 if R <= 4 else 512, 1)
