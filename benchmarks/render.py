@@ -200,6 +200,30 @@ def step_instructions(result: dict[str, Any]) -> str:
     return decoding_table.instructions(result, load("op_gpu"), load("step_splits"))
 
 
+def tile_registers(result: dict[str, Any]) -> str:
+    """A line for each row of the tile table and GPU, a column for each kernel that takes tiles."""
+    names = list(dict.fromkeys(k["kernel"] for r in result["rows"] for k in r["kernels"] if k["kernel"] in TILED))
+    rows = []
+    for r in result["rows"]:
+        kernels = {k["kernel"]: k for k in r["kernels"]}
+        cells = []
+        for name in names:
+            k = kernels.get(name)
+            spilled = f" + {k['spilled_bytes']:,}" if k and k["spilled_bytes"] else ""
+            cells.append(f"{k['registers']}{spilled}, {k['shared_bytes'] / 1024:.0f} KiB" if k else "–")
+        major, minor = r["architecture"]
+        about_row = f"{r['workload']}, {r['precision']}, up to {r['slots']} slots"
+        rows.append([f"{major}.{minor}", about_row, f"{r['C']} / {r['BT']}", "yes" if r["measured"] else "no", *cells])
+    heads = ["compute capability", "shape", "C / BT", "tiles measured", *(f"`{name}`" for name in names)]
+    return "\n\n".join([table(heads, rows), told(result["about"])])
+
+
+TILED = (
+    *("states_forward", "outputs", "values_backward", "states_backward"),
+    *("inputs_backward, keys", "inputs_backward, values"),
+)
+
+
 def operator_bytes(result: dict[str, Any]) -> str:
     return bytes_table.moved(result, load("op_gpu"))
 
@@ -382,6 +406,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_bounds": step_bounds,
     "step_instructions": step_instructions,
     "step_splits": step_splits,
+    "tile_registers": tile_registers,
     "step_energy": step_table.step_energy,
     "kernel_steps": kernel_steps,
     "kernel_counters": kernel_counters,

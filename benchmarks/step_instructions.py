@@ -9,9 +9,7 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from benchmarks.hopper import MULTIPROCESSORS, REGISTERS, Driver
+from benchmarks.hopper import MULTIPROCESSORS, REGISTERS, Driver, printed, resources
 from flash_gsa.benchmarking.about import about, write
 from flash_gsa.ops.triton import launching, step
 
@@ -81,12 +79,8 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
     finally:
         launching.launch = own
     [(kernel, constants)] = compiled
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass, used = (_printed(option, file.name) for option in ("-sass", "-res-usage"))
-    registers = int(re.findall(r"REG:(\d+)", used)[0])
-    loop = longest_loop(addresses(sass))
+    registers, _ = resources(kernel)
+    loop = longest_loop(addresses(printed(kernel, "-sass")))
     a_turn = 2 * constants["BM"] * width  # numbers of both states
     each = loop * 32 * split.warps / a_turn
     numbers = 2 * SEQUENCES * H * M * width
@@ -102,12 +96,6 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
         "issue_seconds": numbers / 32 * each / (ISSUED * MULTIPROCESSORS * CYCLES),
         "bytes": 2 * numbers * state.itemsize,
     }
-
-
-def _printed(option: str, file: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    done = subprocess.run([tool, option, file], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def main() -> None:
