@@ -28,7 +28,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def workloads(architecture: tuple[int, int]) -> list[tuple[tiles.Row, Workload]]:
     """A row of the table that holds there, each row once, and the first workload of `bench tune` that it is for."""
     found: dict[int, tuple[tiles.Row, Workload]] = {}
-    for workload in (*WORKLOADS, replace(WORKLOADS[5], name="1.3B-128-fp32", dtype=FP32)):
+    in_bfloat16 = next(workload for workload in WORKLOADS if workload.name == "1.3B-128")
+    for workload in (*WORKLOADS, replace(in_bfloat16, name="1.3B-128-fp32", dtype=FP32)):
         row = workload.row(architecture)
         found.setdefault(id(row), (row, workload))
     return list(found.values())
