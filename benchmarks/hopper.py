@@ -48,10 +48,30 @@ class Driver:
         return kind
 
 
-def resources(kernel: Any) -> tuple[int, int]:
-    """(registers of a thread, bytes of it that are in memory for want of registers) of a compiled kernel."""
-    used = printed(kernel, "-res-usage")
-    return tuple(int(re.findall(rf"{name}:(\d+)", used)[0]) for name in ("REG", "STACK"))
+def registers(kernel: Any) -> int:
+    """Of a thread of a compiled kernel."""
+    return int(re.findall(r"REG:(\d+)", printed(kernel, "-res-usage"))[0])
+
+
+def instructions(kernel: Any) -> list[tuple[int, str]]:
+    """(address, instruction) of all instructions of a compiled kernel."""
+    return addresses(printed(kernel, "-sass"))
+
+
+def addresses(sass: str) -> list[tuple[int, str]]:
+    """The same of what cuobjdump prints."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+
+
+def spills(found: list[tuple[int, str]]) -> tuple[int, int]:
+    """Instructions that move a register to memory or back for want of registers: (in the kernel, in what it calls).
+
+    Functions that are not inlined lie behind it.
+    """
+    calls = [int(to, 16) for _, text in found if (to := "".join(re.findall(r"\bCALL\b.*?0x([0-9a-f]+)", text)))]
+    end = min(calls, default=found[-1][0] + 1)
+    moved = [at for at, text in found if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(at < end for at in moved), sum(at >= end for at in moved)
 
 
 def printed(kernel: Any, option: str) -> str:

@@ -209,8 +209,8 @@ def tile_registers(result: dict[str, Any]) -> str:
         cells = []
         for name in names:
             k = kernels.get(name)
-            spilled = f" + {k['spilled_bytes']:,}" if k and k["spilled_bytes"] else ""
-            cells.append(f"{k['registers']}{spilled}, {k['shared_bytes'] / 1024:.0f} KiB" if k else "–")
+            moved = f"{k['spills']:,} / {k['spills_under_strong_gates']:,}" if k else ""
+            cells.append(f"{k['registers']}, {moved}, {k['shared_bytes'] / 1024:.0f} KiB" if k else "–")
         major, minor = r["architecture"]
         about_row = f"{r['workload']}, {r['precision']}, up to {r['slots']} slots"
         rows.append([f"{major}.{minor}", about_row, f"{r['C']} / {r['BT']}", "yes" if r["measured"] else "no", *cells])

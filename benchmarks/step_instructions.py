@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from benchmarks.hopper import MULTIPROCESSORS, REGISTERS, Driver, printed, resources
+from benchmarks.hopper import MULTIPROCESSORS, REGISTERS, Driver, instructions, registers
 from flash_gsa.benchmarking.about import about, write
 from flash_gsa.ops.triton import launching, step
 
@@ -32,11 +32,6 @@ ISSUED = 4
 """Instructions of a warp a cycle and multiprocessor, at most."""
 SHARED_KIB = 228
 """Of a multiprocessor, a KiB of it for each program."""
-
-
-def addresses(sass: str) -> list[tuple[int, str]]:
-    """(address, instruction) of all instructions in what cuobjdump prints."""
-    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
 
 
 def longest_loop(instructions: list[tuple[int, str]]) -> int:
@@ -79,8 +74,8 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
     finally:
         launching.launch = own
     [(kernel, constants)] = compiled
-    registers, _ = resources(kernel)
-    loop = longest_loop(addresses(printed(kernel, "-sass")))
+    used = registers(kernel)
+    loop = longest_loop(instructions(kernel))
     a_turn = 2 * constants["BM"] * width  # numbers of both states
     each = loop * 32 * split.warps / a_turn
     numbers = 2 * SEQUENCES * H * M * width
@@ -89,8 +84,8 @@ def row(name: str, HQ: int, H: int, width: int, M: int, state: torch.dtype) -> d
         "layer": name,
         "state": str(state).removeprefix("torch."),
         "sequences": SEQUENCES,
-        "registers": registers,
-        "warps": warps_at_a_time(registers, split.warps, kernel.metadata.shared),
+        "registers": used,
+        "warps": warps_at_a_time(used, split.warps, kernel.metadata.shared),
         "loop": loop,
         "instructions_a_number": each,
         "issue_seconds": numbers / 32 * each / (ISSUED * MULTIPROCESSORS * CYCLES),

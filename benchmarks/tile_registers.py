@@ -1,7 +1,8 @@
 """What the rows of the tile table compile to: `python -m benchmarks.tile_registers --output FILE`.
 
-Registers of a thread, bytes of it in memory for want of registers, and shared memory, of each kernel of a forward and
-backward: Hopper's rows for an H100, those for any GPU for an A100 and for an Ada card. Compiled, not run. Needs Triton,
+Registers of a thread, instructions that move one to memory or back for want of more, and shared memory, of each kernel
+of a forward and backward: Hopper's rows for an H100, those for any GPU for an A100 and for an Ada card. What blocks
+with strong gates take is a function of its own, whose instructions are counted apart. Compiled, not run. Needs Triton,
 but no GPU.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from benchmarks.hopper import SHARED_BYTES, Driver, resources
+from benchmarks.hopper import SHARED_BYTES, Driver, instructions, registers, spills
 from flash_gsa.benchmarking.about import about, write
 from flash_gsa.benchmarking.tune_candidates import WORKLOADS, Workload
 from flash_gsa.ops.triton import launching, tiles
@@ -44,12 +45,13 @@ def compiled(row: tiles.Row, workload: Workload) -> list[dict[str, Any]]:
         kernel = own(variant, programs, arguments)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            registers, spilled = resources(kernel)
+            common, rare = spills(instructions(kernel))
             name = variant.kernel.fn.__name__
             if name == "inputs_backward":
                 name += ", keys" if variant.constants.get("QUERIES") else ", values"
-            numbers = {"registers": registers, "spilled_bytes": spilled, "shared_bytes": kernel.metadata.shared}
-            found.append({"kernel": name, **numbers, "warps": kernel.metadata.num_warps})
+            numbers = {"registers": registers(kernel), "spills": common, "spills_under_strong_gates": rare}
+            numbers |= {"shared_bytes": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            found.append({"kernel": name, **numbers})
         return kernel
 
     shape = workload.shape
@@ -98,8 +100,8 @@ def main() -> None:
                     "kernels": kernels,
                 }
             )
-            most = max(k["spilled_bytes"] for k in kernels)
-            print(f"{architecture} {workload.name}: {len(kernels)} kernels, at most {most} bytes spilled", flush=True)
+            most = max(k["spills"] for k in kernels)
+            print(f"{architecture} {workload.name}: {len(kernels)} kernels, at most {most} spills", flush=True)
     write({"about": told, "rows": rows}, options.output)
 
 

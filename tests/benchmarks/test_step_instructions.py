@@ -9,7 +9,8 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed (make installs it for the tests)")
 
-from benchmarks.step_instructions import addresses, longest_loop, warps_at_a_time  # noqa: E402
+from benchmarks.hopper import addresses  # noqa: E402
+from benchmarks.step_instructions import longest_loop, warps_at_a_time  # noqa: E402
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
