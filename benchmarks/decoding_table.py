@@ -17,30 +17,30 @@ def splits(result: dict[str, Any]) -> str:
     """
     slots, linear = ([r for r in result["rows"] if r["kernel"] == kernel] for kernel in ("step_slots", "step_linear"))
     of_pytorch = {(r["run"], *_case(r)): r for r in result["rows"] if r["kernel"] == "PyTorch"}
-    beside = {(r["run"], *_case(r)): r for r in linear if "tile" not in r}
+    beside = {(r["run"], *_case(r)): r for r in linear if "tile" not in r or r.get("chosen")}
     rows = []
     for case, (before, now, best, tried) in _compared(slots).items():
         layer, state, sequences = case
         rows.append([f"{layer}, states in {state}", f"{sequences:,}", _moved(now, result)])
-        rows[-1] += [*(f"{_took(r):.1f} ({_named(r)})" for r in (before, now, best)), str(tried)]
+        rows[-1] += [*(_cell(r) for r in (before, now, best)), str(tried)]
     heads = ["µs, slots", "sequences", "to move the states", "as split before", "as split now"]
     parts = [table([*heads, "best that was tried", "tried"], rows)]
     rows = []
     for case, (before, now, best, _) in _compared(linear).items():
         layer, _, sequences = case
         rows.append([layer, f"{sequences:,}", _moved(now, result)])
-        rows[-1] += [f"{_took(r):.1f} ({_named(r)})" for r in (before, now, best)]
+        rows[-1] += [_cell(r) for r in (before, now, best)]
     heads = ["µs, gated linear attention", "sequences", "to move the states", "as split before", "as split now"]
     parts.append(table([*heads, "best that was tried"], rows))
     rows = []
     for key, there in of_pytorch.items():
-        here = beside[key]
+        here = beside[key]  # of the same run: as split then, or as is chosen
         times = f"{_took(there):.1f}", f"{_took(here):.1f}", f"{_took(there) / _took(here):.1f}×"
         rows.append([here["layer"], f"{here['sequences']:,}", _moved(here, result), *times])
-    heads = ["µs, gated linear attention", "sequences", "to move the states", "PyTorch", "as split before", "faster"]
+    heads = ["µs, gated linear attention", "sequences", "to move the states", "PyTorch", "here", "faster"]
     parts.append(table(heads, rows))
     parts.append("In brackets: programs a head × numbers of a tile / warps, stages.")
-    return "\n\n".join([*parts, told(result["about"])])
+    return "\n\n".join([*parts, *(told(about) for about in (result["about"], *result.get("later", ())))])
 
 
 def instructions(result: dict[str, Any], measured: dict[str, Any], sweeps: dict[str, Any]) -> str:
@@ -79,17 +79,21 @@ def instructions(result: dict[str, Any], measured: dict[str, Any], sweeps: dict[
     return "\n\n".join([table(heads, rows), *(told(source["about"]) for source in (result, measured, sweeps))])
 
 
-def _compared(rows: list[Row]) -> dict[tuple[str, str, int], tuple[Row, Row, Row, int]]:
-    """Of runs that have both: the split before, the one that is chosen, the best of all, and how many there were."""
+def _compared(rows: list[Row]) -> dict[tuple[str, str, int], tuple[Row | None, Row, Row, int]]:
+    """The split before, where its run has it, the one that is chosen, the best of all, and how many there were.
+
+    Of the run of a case that has the first two; else of one with the second, with the most tried.
+    """
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "tile" in row:
             found.setdefault((row["run"], *_case(row)), []).append(row)
-    compared = {}
+    compared: dict[Any, tuple[Row | None, Row, Row, int]] = {}
     for (_, *case), tried in found.items():
         old, now = (next((r for r in tried if r.get(name)), None) for name in ("chosen_before", "chosen"))
-        if old and now:
-            compared[tuple(case)] = (old, now, min(tried, key=_took), len(tried))
+        if now and len(tried) > 1:
+            this = old, now, min(tried, key=_took), len(tried)
+            compared[tuple(case)] = max(compared.get(tuple(case), this), this, key=lambda x: (x[0] is not None, x[3]))
     return dict(sorted(compared.items()))
 
 
@@ -101,8 +105,10 @@ def _took(row: Row) -> float:
     return min(row["microseconds"])
 
 
-def _named(row: Row) -> str:
-    return f"{row['programs']} × {row['tile']:,} / {row['warps']}, {row['stages']}"
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    return f"{_took(row):.1f} ({row['programs']} × {row['tile']:,} / {row['warps']}, {row['stages']})"
 
 
 def _moved(row: Row, result: dict[str, Any]) -> str:

@@ -7,11 +7,8 @@ GPU's.
 """
 
 import itertools
-import json
 import os
-from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,14 +30,10 @@ from flash_gsa.ops.triton.step import (  # noqa: E402
     choose_by_slots,
     launch,
     lies_by_slots,
-    takes_slots,
     triton_step,
 )
-from flash_gsa.ops.triton.step_linear import choose as choose_for_linear  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
-SWEEPS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "step_splits.json"
-EARLIER = "81ef5d9"  # the commit of rows of a kernel that has changed since
 ORDERS = ["KM", "MK"]
 
 
@@ -123,35 +116,6 @@ def test_programs_of_a_pass_over_slots():
     assert choose_by_slots(128, 64, 512, 1, 2, processors=132).programs == 1
     assert choose_by_slots(128, 64, 128, 4, 2, processors=132).programs == 4
     assert choose_by_slots(256, 64, 128, 4, 2, processors=132).programs == 1
-
-
-def test_splits_are_near_the_best_that_was_measured():
-    """And so is the kernel: within a tenth, in every case of the sweeps, of which the documents have a table."""
-    measured = json.loads(SWEEPS.read_text(encoding="utf-8"))
-    processors = measured["multiprocessors"]
-    tried, chosen = defaultdict(list), {}
-    for row in measured["rows"]:
-        if row["kernel"] not in ("step", "step_slots", "step_linear") or row["commit"] == EARLIER:
-            continue
-        R, groups = row["query_heads"] // row["heads"], row["sequences"] * row["heads"]
-        if row["kernel"] == "step_linear":
-            split = choose_for_linear(groups, row["values"], R, processors)
-        elif not takes_slots(groups, R, processors):
-            split = None
-        else:
-            D, itemsize = max(row["keys"], row["values"]), {"float32": 4, "bfloat16": 2}[row["state"]]
-            split = choose_by_slots(groups, row["slots"], D, R, itemsize, processors)
-        if "tile" in row:
-            mine = split == Split(*(row[name] for name in ("programs", "tile", "warps", "stages")))
-        else:
-            mine = row["kernel"] == "step" and split is None
-        assert row.get("chosen", False) == mine, "the table calls another split chosen"
-        case = (row["kernel"] == "step_linear", *(row[name] for name in ("run", "layer", "sequences", "state")))
-        tried[case].append(min(row["microseconds"]))
-        if mine:
-            chosen[case] = tried[case][-1]
-    assert len(chosen) > 60
-    assert {case: took for case, took in chosen.items() if took > 1.1 * min(tried[case])} == {}
 
 
 def test_which_states_lie_by_slots():

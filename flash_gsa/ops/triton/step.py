@@ -229,7 +229,7 @@ def choose_by_slots(groups: int, M: int, D: int, R: int, itemsize: int, processo
             tile = min(tile, 2048 // itemsize)
         # Each has two tiles at least: 7B bfloat16, B 16, one tile 8.5, two 8.0. And adds up R·P parts, not too many:
         # eight query heads, B 16, four programs 11.8, eight 12.9 (B 8, 10.9 and 10.4).
-        most = min(M // (2 * max(1, tile // D)), 32 // R, PER_MEETING)
+        most = min(M // (2 * max(1, tile // D)), 32 // R)
         while programs * groups * tile < 6144 * processors and 2 * programs <= most:
             programs *= 2
     # 1.3B bfloat16: B 64, three stages 26.8, four 27.6; B 32, 17.1 and 16.3.
