@@ -271,8 +271,7 @@ def _decoding(result: dict[str, Any]) -> str:
     if not steps:
         return ""
     names = [name for name in NAMES if any(name in records for records in steps.values())]
-    best = _timed(result.get("decoding_ceilings", result["ceilings"]))
-    speed = best["copy"]["bytes_per_second"] if best else None
+    speed = best["copy"]["bytes_per_second"] if (best := _timed(result["ceilings"])) else None
     rows = []
     for (layer, state, batch), records in steps.items():
         row = [f"{layer}, states in {state}", str(batch)]

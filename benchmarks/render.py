@@ -183,8 +183,9 @@ def kernel_trials(result: dict[str, Any]) -> str:
 
 def operator_on_a_gpu(result: dict[str, Any]) -> str:
     """The start of a process is another command's, and may not be measured yet."""
-    later = [load(name) for name in ("op_gpu_cold",) if (RESULTS / f"{name}.json").exists()]
-    return operator(combined(result, *(other | {"shapes": []} for other in later)))
+    if (RESULTS / "op_gpu_cold.json").exists():
+        result = combined(result, load("op_gpu_cold") | {"shapes": []})
+    return operator(result)
 
 
 def shapes_alone(result: dict[str, Any]) -> str:

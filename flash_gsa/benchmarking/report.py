@@ -105,8 +105,6 @@ def combined(result: Record, *later: Record) -> Record:
         found["shapes"] = kept + other["shapes"]
         for part in ("decoding", "lengths", "cold_start"):
             found[part] = ran(other[part]) or found[part]
-        if ran(other["decoding"]):  # what it is compared with is the copy of the same run
-            found["decoding_ceilings"] = other["ceilings"]
     return found
 
 
